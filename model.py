@@ -1,0 +1,485 @@
+"""DRT, the Differentiable Retrieval-based Transformer (Sec. 3 of the paper), as one readable file.
+
+A language model that reads text in chunks. After each chunk it retrieves the K past chunks that should help
+most with the *next* chunk, whose tokens then attend to them through Grouped Cross Attention (gca.py). The
+retrieval scores weight what is read, so the next-token loss alone trains the retriever.
+
+    tokens -> landmarks inserted -> lower decoder -> chunk encoder -> landmark keys l_c and chunk keys/values
+                                        |                                       |
+                                        +-> upper decoder, G groups: retrieve, then self-attention, GCA, MLP
+
+Symbols, the same throughout the repository:
+    B batch      T text tokens    S tokens in a chunk, its landmark included (S - 1 text tokens + 1 landmark)
+    C chunks     d width          K chunks retrieved for each chunk          W sliding window of self-attention
+    H heads      D head width     G groups of upper layers; each retrieves once, at its first layer
+    N positions of the token stream with its landmarks: chunk c is positions c*S .. c*S + S-1, landmark last
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from gca import gca
+
+
+@dataclass
+class DRTConfig:
+    vocab_size: int = 256       # text tokens; the landmark is a vector of its own, outside the vocabulary
+    n_layer: int = 2            # decoder layers, half lower, half upper (all lower if n_group = 0)
+    n_group: int = 1            # G: retrievals of the upper decoder; 0 = sliding-window base LM, no retrieval
+    n_encoder: int = 2          # bidirectional layers of the chunk encoder
+    n_head: int = 4             # H
+    n_kv_head: int = 0          # key/value heads (grouped-query attention); 0 = n_head
+    n_embd: int = 64            # d
+    chunk_size: int = 16        # S
+    top_k: int = 4              # K
+    window: int = 16            # W
+    softmax_one: bool = True    # softmax-off-by-one in GCA: a token may take nothing from a chunk
+    gca_residual: bool = True   # True: GCA's output stays in the residual stream; False: only the MLP sees it
+    gumbel: bool = True         # Gumbel noise on the ranking in training: exploration
+    retriever: str = "learned"  # "random": K random earlier chunks, weighted equally (the ablation)
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        for name, least in dict(vocab_size=2, n_layer=1, n_group=0, n_encoder=1, n_head=1, n_kv_head=1,
+                                n_embd=1, chunk_size=2, top_k=1, window=1).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head must be a divisor of n_head {self.n_head}, got {self.n_kv_head}")
+        if self.n_group and (self.n_layer % 2 or self.n_layer // 2 % self.n_group):
+            raise ValueError(f"n_layer must be even and its upper half a multiple of n_group, "
+                             f"got n_layer {self.n_layer} and n_group {self.n_group}")
+        if self.retriever not in ("learned", "random"):
+            raise ValueError(f"retriever must be 'learned' or 'random', got {self.retriever!r}")
+
+
+# ---------------------------------------------------------------- sliding-window self-attention with ALiBi
+
+def alibi_slopes(n_head):
+    """One slope a head, a geometric series (Press et al., 2022): for 8 heads 1/2, 1/4, .., 1/256."""
+    base = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * i / base) for i in range(1, base + 1)]
+    slopes += [2 ** (-4 * i / base) for i in range(1, 2 * (n_head - base), 2)]  # between them, as ALiBi does
+    return torch.tensor(slopes)
+
+
+def band_bias(n_query, n_key, window, slopes):
+    """ALiBi inside the window, -inf outside, for queries that are the last of the keys: (H, n_query, n_key)."""
+    query = torch.arange(n_key - n_query, n_key, device=slopes.device)
+    distance = query[:, None] - torch.arange(n_key, device=slopes.device)
+    bias = -slopes[:, None, None] * distance
+    return bias.masked_fill((distance < 0) | (distance >= window), float("-inf"))
+
+
+def dense_attention(q, k, v, window, slopes):
+    """Every key against every query, then the band: for few queries."""
+    bias = band_bias(q.shape[2], k.shape[2], window, slopes).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+
+
+def banded_attention(q, k, v, window, slopes):
+    """Blocks of W queries against their own block of keys and the one before: exact, and linear in N."""
+    B, H, n, D = q.shape
+    past = k.shape[2] - n
+    first = max(0, window - past)            # queries that have no full window of keys before them
+    head = dense_attention(q[:, :, :first], k[:, :, :past + first], v[:, :, :past + first], window, slopes)
+    n_block = -(-(n - first) // window)
+    tail = n_block * window - (n - first)    # padding that fills the last block
+
+    def key_blocks(x):                       # (B, Hkv, m, D) -> (B * n_block, Hkv, 2W, D)
+        x = F.pad(x[:, :, past + first - window:], (0, 0, 0, tail)).unflatten(2, (n_block + 1, window))
+        return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
+
+    q = F.pad(q[:, :, first:], (0, 0, 0, tail)).unflatten(2, (n_block, window)).transpose(1, 2).flatten(0, 1)
+    out = dense_attention(q, key_blocks(k), key_blocks(v), window, slopes)
+    out = out.view(B, n_block, H, window, D).transpose(1, 2).flatten(2, 3)[:, :, :n - first]
+    return torch.cat([head, out], dim=2)
+
+
+@lru_cache
+def compiled_flex_attention():
+    """Compiled on first use (importing the compiler takes seconds), once for each kind of shape."""
+    torch._dynamo.config.recompile_limit = 64       # past it, flex_attention silently builds the n x m matrix
+    return torch.compile(flex_attention)
+
+
+@lru_cache
+def band_blocks(n, m, window, device):
+    """flex_attention's block mask: for 128 queries at a time, the blocks of 128 keys that their windows touch."""
+    size, past = 128, m - n
+    start = torch.arange(0, n, size, device=device, dtype=torch.int32) + past
+    low = (start - window + 1).clamp(min=0) // size
+    high = (start + size - 1).clamp(max=m - 1) // size
+    blocks = low[:, None] + torch.arange(-(-m // size), device=device, dtype=torch.int32)
+    blocks = blocks.clamp(max=blocks.shape[1] - 1)                             # only the first high - low + 1 count
+
+    def in_window(b, h, i, j):
+        return (past + i >= j) & (past + i - j < window)
+
+    return BlockMask.from_kv_blocks((high - low + 1)[None, None], blocks[None, None], BLOCK_SIZE=size,
+                                    mask_mod=in_window, seq_lengths=(n, m))
+
+
+def fused_attention(q, k, v, window, slopes):
+    """The same in one kernel (CUDA): only the blocks inside the band are read."""
+    past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    if group > 1:                                   # its own GQA does not compile for every shape (torch 2.11)
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+    def alibi(score, b, h, i, j):
+        return score - slopes[h] * (past + i - j)
+
+    mask = band_blocks(q.shape[2], k.shape[2], window, q.device)
+    return compiled_flex_attention()(q, k, v, score_mod=alibi, block_mask=mask)
+
+
+def window_attention(q, k, v, window, slopes):
+    """Causal self-attention over the last W positions, with ALiBi (Sec. 3; no rotary embedding).
+
+    q (B, H, n, D); k, v (B, Hkv, m, D), m >= n: the queries are the last n of the m positions. Any n >= 1.
+    """
+    if q.shape[2] <= window:
+        return dense_attention(q, k, v, window, slopes)
+    return (fused_attention if q.is_cuda else banded_attention)(q, k, v, window, slopes)
+
+
+# ---------------------------------------------------------------- layers
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of a stream to its window (causal), or inside each chunk (bidirectional)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.window = config.n_head, config.n_kv_head, config.window
+        self.head_dim = config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
+
+    def heads(self, x):                      # (B, n, d) -> (B, H, n, D), (B, Hkv, n, D) twice
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+
+    def forward(self, x, past=None):
+        """Causal, sliding window. past: (k, v) of the positions before x; returns out and the new past."""
+        q, k, v = self.heads(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        out = window_attention(q, k, v, self.window, self.slopes)
+        return self.out(out.transpose(1, 2).flatten(2)), (k[:, :, -self.window:], v[:, :, -self.window:])
+
+    def inside(self, x):
+        """Bidirectional, over all of x: the chunk encoder calls it with chunks as the batch."""
+        q, k, v = self.heads(x)
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU, as wide as makes it cost what a 4d MLP costs."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = -(-config.n_embd * 8 // (3 * 64)) * 64
+        self.gate_up = nn.Linear(config.n_embd, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class CrossAttention(nn.Module):
+    """GCA's two projections. Keys and values come ready-made from the chunk encoder, shared by all layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.softmax_one = config.n_head, config.softmax_one
+        self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, grid, k, v, weights, indices):
+        """x (B, N, d): the rows of each chunk of the grid attend to the K chunks retrieved for it."""
+        q = grid.to_chunks(self.query(x).unflatten(-1, (self.n_head, -1)))              # (B, C, S, H, D)
+        out = gca(q, k, v, weights, indices, self.softmax_one)
+        return self.out(grid.to_stream(out).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm decoder layer: y = x + SA(x);  z = y + GCA(y), upper layers only;  out = z + MLP(z)  (Sec. 3)."""
+
+    def __init__(self, config, upper=False):
+        super().__init__()
+        self.gca_residual = config.gca_residual
+        self.attention, self.mlp = SelfAttention(config), MLP(config)
+        self.norm1, self.norm2 = nn.RMSNorm(config.n_embd, 1e-5), nn.RMSNorm(config.n_embd, 1e-5)
+        if upper:
+            self.cross, self.norm_cross = CrossAttention(config), nn.RMSNorm(config.n_embd, 1e-5)
+
+    def forward(self, x, past=None, retrieved=None):
+        out, past = self.attention(self.norm1(x), past)
+        y = z = x + out
+        if retrieved is not None:
+            z = y + self.cross(self.norm_cross(y), *retrieved)
+        return (z if self.gca_residual else y) + self.mlp(self.norm2(z)), past
+
+
+class ChunkEncoder(nn.Module):
+    """Bidirectional layers inside each chunk; no positions. The landmark's output is the chunk's key l_c."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm_in, self.norm_out = nn.RMSNorm(config.n_embd, 1e-5), nn.RMSNorm(config.n_embd, 1e-5)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_encoder))
+        self.head_dim = config.n_embd // config.n_head
+        self.key, self.value = (nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False) for _ in "kv")
+
+    def forward(self, x):
+        """x (B, C, S, d) -> landmarks (B, C, d), k and v (B, C, S-1, Hkv, D).
+
+        The paper gives the landmark's own row a zero key and value: exp(0) = 1 in the denominator and nothing
+        in the sum, which is softmax-off-by-one. gca() has that built in, so only the text rows are kept.
+        """
+        B, C = x.shape[:2]
+        x = self.norm_in(x).flatten(0, 1)
+        for layer in self.layers:
+            x = x + layer.attention.inside(layer.norm1(x))
+            x = x + layer.mlp(layer.norm2(x))
+        x = self.norm_out(x).unflatten(0, (B, C))
+        k, v = (f(x[:, :, :-1]).unflatten(-1, (-1, self.head_dim)) for f in (self.key, self.value))
+        return x[:, :, -1], k, v
+
+
+# ---------------------------------------------------------------- chunks and retrieval
+
+class Grid:
+    """Where n text tokens, read after `before` others, fall on the grid of chunks: pure geometry."""
+
+    def __init__(self, chunk_size, before, n):
+        text = chunk_size - 1
+        self.S, self.n = chunk_size, n
+        self.first, self.offset = divmod(before, text)      # chunk of the first token, its row in that chunk
+        self.whole = (self.offset + n) // text              # chunks that these tokens complete
+        self.chunks = -(-(self.offset + n) // text)         # chunks that they touch
+        self.length = n + self.whole                        # N: positions of the stream, landmarks included
+
+    def place(self, x, rows, length):
+        """(B, length, ...) -> (B, C, rows, ...): zeros before the first token's row and after the last's."""
+        pad = (0, 0) * (x.dim() - 2) + (self.offset, self.chunks * rows - self.offset - length)
+        return F.pad(x, pad).unflatten(1, (self.chunks, rows))
+
+    def to_chunks(self, x):                  # (B, N, ...) -> (B, C, S, ...)
+        return self.place(x, self.S, self.length)
+
+    def to_stream(self, x):                  # (B, C, S, ...) -> (B, N, ...)
+        return x.flatten(1, 2)[:, self.offset:self.offset + self.length]
+
+    def insert_landmarks(self, x, landmark):  # (B, n, d), (d,) -> (B, N, d): one behind each completed chunk
+        x = self.place(x, self.S - 1, self.n)
+        return self.to_stream(torch.cat([x, landmark.to(x.dtype).expand(*x.shape[:2], 1, -1)], dim=2))
+
+    def landmarks(self, x):                  # (B, N, d) -> (B, whole, d)
+        return x[:, self.S - 1 - self.offset::self.S]
+
+    def text(self, x):                       # (B, N, d) -> (B, n, d): the stream without its landmarks
+        return self.to_chunks(x)[:, :, :-1].flatten(1, 2)[:, self.offset:self.offset + self.n]
+
+
+SEGMENT = dict(cpu=2 ** 14, cuda=2 ** 16)   # tokens that DRT.read takes at once, and
+MAX_SCORES = 2 ** 26                        # retrieval scores held at once: together they bound the memory of reading
+
+
+def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
+    """Causal retrieval (Sec. 3): for each chunk t the K strictly earlier chunks that score highest.
+
+    query (B, n, d): chunks first .. first+n-1 at their landmarks; landmarks (B, M, d): every chunk's l_c.
+    Scores r_t,c = q_t . l_c / sqrt(d). Gumbel noise takes part in the ranking alone: the weights are the
+    softmax of the noiseless scores. Returns weights (B, n, K) and indices (B, n, K), -1 where a slot is empty.
+    """
+    weights, indices = [], []
+    for q in query.split(max(1, MAX_SCORES // max(1, query.shape[0] * landmarks.shape[1])), dim=1):
+        n, M = q.shape[1], min(first + q.shape[1], landmarks.shape[1])
+        scores = q @ landmarks[:, :M].mT * q.shape[-1] ** -0.5                         # (B, n, M)
+        if random:
+            scores = torch.zeros_like(scores)
+        t = torch.arange(first, first + n, device=q.device)[:, None]
+        ranking = scores.masked_fill(torch.arange(M, device=q.device) >= t, float("-inf"))
+        if gumbel or random:
+            ranking = ranking - torch.empty_like(scores).exponential_().log()
+        chosen = ranking.detach().topk(min(top_k, M)).indices
+        empty = chosen >= t                                                            # fewer than K are earlier
+        weight = scores.gather(-1, chosen).masked_fill(empty, torch.finfo(scores.dtype).min).softmax(-1)
+        pad = (0, top_k - chosen.shape[-1])
+        weights.append(F.pad(weight.masked_fill(empty, 0), pad))
+        indices.append(F.pad(chosen.masked_fill(empty, -1), pad, value=-1))
+        first += n
+    return torch.cat(weights, dim=1), torch.cat(indices, dim=1)
+
+
+class Memory:
+    """All that reading leaves behind, so that DRT.read can continue: a window of fixed size, and the chunks.
+
+    batch_size sequences are read side by side. capacity: tokens to make room for; whenever the chunks outgrow
+    their room, it doubles.
+    """
+
+    def __init__(self, model, batch_size=1, capacity=None):
+        config = model.config
+        self.length = 0                                     # text tokens read so far
+        self.chunks = 0                                     # whole chunks among them
+        self.capacity = -(-capacity // (config.chunk_size - 1)) if capacity else 0
+        self.window = [None] * config.n_layer               # each layer's (k, v) of the last W positions
+        self.unfinished = None                              # (B, <S, d) lower decoder's output, last chunk
+        self.buffers = None                                 # landmarks (B, M, d); k, v (B, M, S-1, Hkv, D)
+        no_slot = torch.zeros(batch_size, 1, config.top_k, device=model.embedding.weight.device)
+        self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group     # weights, indices for the last chunk
+
+    def append(self, *new):
+        """Store whole chunks' landmarks, k and v, (B, C, ...) each, and return all that is stored, as views."""
+        total = self.chunks + new[0].shape[1]
+        if self.buffers is None or total > self.buffers[0].shape[1]:
+            room = max(total, self.capacity, 2 * self.chunks)
+            old, self.buffers = self.buffers, [x.new_empty(x.shape[0], room, *x.shape[2:]) for x in new]
+            for stored, buffer in zip(old or [], self.buffers, strict=bool(old)):
+                buffer[:, :self.chunks] = stored[:, :self.chunks]
+        for x, buffer in zip(new, self.buffers, strict=True):
+            buffer[:, self.chunks:total] = x
+        self.chunks = total
+        return [buffer[:, :total] for buffer in self.buffers]
+
+
+# ---------------------------------------------------------------- the model
+
+class DRT(nn.Module):
+    """The language model; n_group = 0 makes it the sliding-window base LM, without landmarks or retrieval."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        n_lower = config.n_layer // 2 if config.n_group else config.n_layer
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)        # tied: also the output head
+        self.layers = nn.ModuleList(Block(config, upper=i >= n_lower) for i in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, 1e-5)
+        self.lower, self.groups = range(n_lower), []
+        if config.n_group:
+            size = (config.n_layer - n_lower) // config.n_group
+            self.groups = [range(i, i + size) for i in range(n_lower, config.n_layer, size)]
+            self.landmark = nn.Parameter(torch.empty(config.n_embd))
+            self.encoder = ChunkEncoder(config)
+            self.query_norms = nn.ModuleList(nn.RMSNorm(config.n_embd, 1e-5) for _ in self.groups)
+        for name, p in self.named_parameters():
+            if p.dim() == 2 or name == "landmark":
+                nn.init.normal_(p, std=p.shape[-1] ** -0.5)                    # fan_in ** -0.5
+
+    def forward(self, tokens, targets=None, at=None):
+        """Next-token logits, and the mean cross-entropy where there are targets.
+
+        tokens (B, T), any T >= 1, without landmarks; targets (B, T), -100 = no label.
+        at (B, T) bool: positions whose logits are wanted, (number, vocab_size) then; default all, (B, T, vocab_size).
+        """
+        hidden = self.hidden(tokens)
+        logits = self.head(hidden if at is None else hidden[at])
+        if targets is None:
+            return logits, None
+        targets = targets if at is None else targets[at]
+        return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+    @torch.no_grad()
+    def read(self, tokens, memory, at=None):
+        """Continue reading from where the memory stands, by any number of tokens; logits as in forward.
+
+        A long text is read in segments, so that all memory but the chunks' is bounded.
+        """
+        segment = max(1, SEGMENT[tokens.device.type] // len(tokens))
+        pieces = tokens.split(segment, dim=1)
+        if at is None:
+            return self.head(torch.cat([self.hidden(piece, memory) for piece in pieces], dim=1))
+        marks = at.split(segment, dim=1)
+        hidden = torch.cat([self.hidden(piece, memory)[mark] for piece, mark in zip(pieces, marks, strict=True)])
+        rows = torch.cat([mark.nonzero()[:, 0] for mark in marks])
+        return self.head(hidden[rows.argsort(stable=True)])                    # segment by segment -> row by row
+
+    def head(self, hidden):
+        return F.linear(hidden, self.embedding.weight)
+
+    def hidden(self, tokens, memory=None):
+        """The data flow of Sec. 3: tokens (B, n) -> last layer's output, normalized (B, n, d)."""
+        past = memory.window if memory else [None] * self.config.n_layer
+        grid = Grid(self.config.chunk_size, memory.length if memory else 0, tokens.shape[1])
+        x = self.embedding(tokens)
+        if memory:
+            memory.length += grid.n
+        if not self.groups:
+            return self.norm(self.decode(self.lower, x, past))
+        x = grid.insert_landmarks(x, self.landmark)                            # (B, N, d)
+        x = self.decode(self.lower, x, past)
+        landmarks, k, v = self.encode(x, grid, memory)                         # of every chunk read so far
+        for g, layers in enumerate(self.groups):
+            retrieved = self.retrieve(g, x, landmarks, grid, memory)
+            x = self.decode(layers, x, past, (grid, k, v, *retrieved))
+        return grid.text(self.norm(x))
+
+    def decode(self, layers, x, past, retrieved=None):
+        """Run decoder layers (a range) over the stream, each continuing from its past (k, v), if any."""
+        for i in layers:
+            x, past[i] = self.layers[i](x, past[i], retrieved)
+        return x
+
+    def encode(self, x, grid, memory):
+        """Landmarks and keys/values of the chunks that this stream completes, behind those in memory."""
+        if memory and memory.unfinished is not None:
+            x = torch.cat([memory.unfinished, x], dim=1)
+        whole, rest = x.split([grid.whole * grid.S, x.shape[1] - grid.whole * grid.S], dim=1)
+        encoded = self.encoder(whole.unflatten(1, (grid.whole, grid.S)))
+        if not memory:
+            return encoded
+        memory.unfinished = rest
+        return memory.append(*encoded)
+
+    def retrieve(self, g, x, landmarks, grid, memory):
+        """Group g's weights and indices for every chunk of the grid: what landmark t retrieves serves chunk t + 1."""
+        config, explore = self.config, self.config.gumbel and self.training
+        with torch.autocast(x.device.type, enabled=False):                     # ranking needs full precision
+            weights, indices = retrieve(self.query_norms[g](grid.landmarks(x).float()), landmarks.float(),
+                                        grid.first, config.top_k, explore, config.retriever == "random")
+        before = memory.serving[g] if memory else (weights.new_zeros(len(x), 1, config.top_k),
+                                                   indices.new_full((len(x), 1, config.top_k), -1))
+        weights, indices = torch.cat([before[0], weights], dim=1), torch.cat([before[1], indices], dim=1)
+        if memory:
+            memory.serving[g] = weights[:, -1:], indices[:, -1:]
+        return weights[:, :grid.chunks], indices[:, :grid.chunks]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, model, **state):
+    """Write model and state atomically: a kill at any moment leaves the old checkpoint or the new one, whole."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(dict(config=asdict(model.config), model=model.state_dict(), **state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, device):
+    """The model of a checkpoint, and all that was saved with it; ValueError if it is not one of ours."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}: train one with python train.py")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model = DRT(DRTConfig(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
+    except Exception as error:                  # whatever a foreign or damaged file makes torch raise
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error
+    return model, state

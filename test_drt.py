@@ -1,0 +1,410 @@
+"""The model, the needle task, training and evaluation: what each promises, on the GPU if there is one."""
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+import train as train_module
+from data import NeedleTask, decode_bytes, encode_bytes, load_corpus, needle_batch
+from model import (
+    DRT,
+    DRTConfig,
+    Grid,
+    Memory,
+    alibi_slopes,
+    banded_attention,
+    dense_attention,
+    load_checkpoint,
+    retrieve,
+    save_checkpoint,
+    window_attention,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HERE = Path(__file__).parent
+TEXT = 15                                   # text tokens in a chunk of the default configuration
+
+
+def tiny(seed=0, **config):
+    torch.manual_seed(seed)
+    return DRT(DRTConfig(n_encoder=1, **config)).to(DEVICE).eval()
+
+
+def random_tokens(*shape):
+    return torch.randint(256, shape, device=DEVICE)
+
+
+# ---------------------------------------------------------------- sliding-window attention
+
+@pytest.mark.parametrize("n, past, window, heads", [(50, 0, 16, (4, 4)), (50, 16, 16, (4, 2)), (33, 5, 16, (6, 3)),
+                                                    (16, 16, 16, (2, 1)), (300, 64, 64, (3, 1)), (1, 7, 16, (4, 4)),
+                                                    (400, 0, 130, (4, 2)), (400, 130, 130, (2, 2))])
+def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window, heads):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, H, length, 16) for H, length in zip((heads[0], *heads[1:] * 2), (n, n + past, n + past),
+                                                                  strict=True))
+    slopes, out = alibi_slopes(heads[0]), torch.empty(2, heads[0], n, 16)
+    for h in range(heads[0]):
+        for i in range(n):
+            seen = slice(max(0, past + i - window + 1), past + i + 1)
+            keys, values = (x[:, h * heads[1] // heads[0], seen] for x in (k, v))
+            distance = torch.arange(keys.shape[1] - 1, -1, -1)
+            scores = (keys @ q[:, h, i, :, None]).squeeze(-1) / 4 - slopes[h] * distance
+            out[:, h, i] = (scores.softmax(-1)[:, None] @ values).squeeze(1)
+    arguments = [x.to(DEVICE) for x in (q, k, v)] + [window, slopes.to(DEVICE)]
+    for function in (dense_attention, window_attention) + ((banded_attention,) if n > window else ()):
+        torch.testing.assert_close(function(*arguments).cpu(), out, atol=2e-5, rtol=1e-4)
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8).tolist() == [2.0 ** -i for i in range(1, 9)]
+    assert len(alibi_slopes(12)) == 12 and len(set(alibi_slopes(12).tolist())) == 12
+
+
+# ---------------------------------------------------------------- retrieval
+
+def test_a_chunk_retrieves_the_best_strictly_earlier_chunks():
+    torch.manual_seed(0)
+    query, landmarks = torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+    weights, indices = retrieve(query, landmarks, 0, 3)
+    for b in range(2):
+        for t in range(9):
+            scores = landmarks[b, :t] @ query[b, t] / math.sqrt(8)
+            best = scores.topk(min(3, t))
+            empty = 3 - min(3, t)
+            assert indices[b, t].tolist() == best.indices.tolist() + [-1] * empty
+            torch.testing.assert_close(weights[b, t], F.pad(best.values.softmax(0), (0, empty)))
+
+
+def test_gumbel_noise_changes_the_choice_but_not_the_weights():
+    torch.manual_seed(0)
+    query, landmarks = torch.randn(1, 40, 8), torch.randn(1, 40, 8)
+    _, quiet = retrieve(query, landmarks, 0, 4)
+    weights, indices = retrieve(query, landmarks, 0, 4, gumbel=True)
+    assert (indices[0, 5:] != quiet[0, 5:]).any()
+    assert (indices < torch.arange(40)[:, None]).all()
+    scores = (query @ landmarks.mT / math.sqrt(8)).gather(-1, indices.clamp(min=0))
+    wanted = scores.masked_fill(indices < 0, -1e9).softmax(-1).masked_fill(indices < 0, 0)
+    torch.testing.assert_close(weights, wanted)
+
+
+def test_retrieval_in_blocks_is_one_big_retrieval(monkeypatch):
+    query, landmarks = torch.randn(2, 20, 8), torch.randn(2, 50, 8)
+    whole = retrieve(query, landmarks, 30, 4)
+    monkeypatch.setattr(model_module, "MAX_SCORES", 300)
+    for x, y in zip(retrieve(query, landmarks, 30, 4), whole, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("n_group", [1, 2])
+def test_what_a_landmark_retrieves_serves_the_next_chunk(n_group, monkeypatch):
+    """Every token of chunk u attends to what landmark u-1 retrieved among chunks 0..u-2; chunks 0 and 1 to nothing."""
+    seen = []
+
+    def spy(q, k, v, weights, indices, softmax_one):
+        seen.append((weights, indices))
+        return original(q, k, v, weights, indices, softmax_one)
+
+    original = model_module.gca
+    monkeypatch.setattr(model_module, "gca", spy)
+    tiny(n_layer=4, n_group=n_group)(random_tokens(2, 8 * TEXT + 4))
+    assert len(seen) == 2                                                          # one call an upper layer
+    for weights, indices in seen:
+        assert indices.shape == (2, 9, 4)
+        for u in range(9):
+            filled = min(4, max(0, u - 1))
+            assert (indices[:, u] >= 0).sum() == 2 * filled and indices[:, u].max() < max(0, u - 1)
+            torch.testing.assert_close(weights[:, u].sum(-1), torch.full((2,), float(filled > 0), device=DEVICE))
+    same = torch.equal(seen[0][1], seen[1][1])
+    assert same == (n_group == 1)                                                  # a group retrieves once
+
+
+@pytest.mark.parametrize("retriever", ["learned", "random"])
+def test_the_answer_loss_trains_the_retriever(retriever):
+    model = tiny(retriever=retriever).train()
+    tokens, labels, at = (torch.from_numpy(x).to(DEVICE) for x in needle_batch(
+        load_corpus("stdlib").train, NeedleTask(16, 3, 6), np.random.default_rng(0), 4, 128))
+    model(tokens, torch.where(at, labels, -100))[1].backward()
+    gradient = model.query_norms[0].weight.grad
+    assert gradient.abs().max() > 0 if retriever == "learned" else gradient is None
+    assert model.encoder.value.weight.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------- the whole model
+
+@pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2), dict(n_group=0), dict(n_kv_head=2, window=5),
+                                    dict(chunk_size=7, top_k=1, gca_residual=False, softmax_one=False)])
+def test_causality(config):
+    model, tokens = tiny(**config), random_tokens(1, 100)
+    logits, _ = model(tokens)
+    for t in (0, 14, 15, 37, 99):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % 256
+        difference = (model(changed)[0] - logits).abs().amax(-1)[0]
+        assert difference[:t].sum() == 0 and difference[t] > 0
+
+
+def test_a_far_token_is_read_through_retrieval_alone():
+    """With a window of 16, a token changes what comes 100 tokens later in the DRT and not in the base LM."""
+    tokens = random_tokens(1, 160)
+    changed = tokens.clone()
+    changed[0, 3:9] = random_tokens(6)
+    for config, reached in ((dict(top_k=16), True), (dict(n_group=0), False)):
+        model = tiny(**config)
+        difference = (model(changed)[0] - model(tokens)[0]).abs()[0, 110:]
+        assert (difference.max() > 0) == reached
+
+
+@pytest.mark.parametrize("T", [1, 14, 15, 16, 47])
+def test_landmarks_have_no_logits_and_no_loss(T):
+    model, tokens = tiny(), random_tokens(2, T)
+    targets = random_tokens(2, T)
+    targets[:, ::3] = -100
+    logits, loss = model(tokens, targets)
+    assert logits.shape == (2, T, 256)
+    if T > 1:
+        torch.testing.assert_close(loss, F.cross_entropy(logits[targets >= 0], targets[targets >= 0]))
+    at = torch.rand(2, T, device=DEVICE) < 0.5
+    torch.testing.assert_close(model(tokens, at=at)[0], logits[at])
+
+
+@pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2, n_kv_head=1), dict(n_group=0, window=5)])
+@pytest.mark.parametrize("pieces", [[203], [1] * 203, [7, 8, 1, 44, 60, 83]])
+def test_reading_in_pieces_is_forward(config, pieces, monkeypatch):
+    monkeypatch.setitem(model_module.SEGMENT, DEVICE.type, 100)
+    model, tokens = tiny(**config), random_tokens(2, 203)
+    memory = Memory(model, batch_size=2, capacity=60)                              # has to grow
+    logits = torch.cat([model.read(piece, memory) for piece in tokens.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens)[0], atol=1e-4, rtol=0)
+    assert memory.length == 203
+
+
+def test_read_gives_only_the_wanted_logits(monkeypatch):
+    monkeypatch.setitem(model_module.SEGMENT, DEVICE.type, 100)
+    model, tokens = tiny(), random_tokens(2, 120)
+    at = torch.rand(2, 120, device=DEVICE) < 0.2
+    logits = model.read(tokens, Memory(model, 2), at)
+    torch.testing.assert_close(logits, model(tokens, at=at)[0], atol=1e-4, rtol=0)
+
+
+def test_grid():
+    grid = Grid(4, before=5, n=8)                          # chunks of 3 + landmark; the 6th token is row 2 of chunk 1
+    assert (grid.first, grid.offset, grid.whole, grid.chunks, grid.length) == (1, 2, 3, 4, 11)
+    x = torch.arange(1.0, 9).view(1, 8, 1)
+    stream = grid.insert_landmarks(x, torch.tensor([0.0]))
+    assert stream.flatten().tolist() == [1, 0, 2, 3, 4, 0, 5, 6, 7, 0, 8]
+    assert grid.landmarks(stream).shape == (1, 3, 1) and not grid.landmarks(stream).any()
+    assert torch.equal(grid.text(stream), x) and torch.equal(grid.to_stream(grid.to_chunks(stream)), stream)
+
+
+@pytest.mark.parametrize("config", [dict(n_embd=65), dict(top_k=0), dict(chunk_size=1), dict(n_kv_head=3), dict(n_layer=3),
+                                    dict(n_group=2, n_layer=2), dict(retriever="best"), dict(window=0)])
+def test_impossible_configurations(config):
+    with pytest.raises(ValueError, match=f"{next(reversed(config))} must be"):
+        DRTConfig(**config)
+
+
+# ---------------------------------------------------------------- data
+
+def test_byte_tokenizer():
+    assert decode_bytes(encode_bytes("naïve")) == "naïve" and len(encode_bytes("naïve")) == 6
+
+
+def test_stdlib_splits_share_no_file():
+    corpus = load_corpus("stdlib")
+    assert len(corpus.train) > 4 * len(corpus.val) > 4e6
+    text, lines = corpus.val.tobytes(), corpus.train.tobytes()
+    samples = [text[i:i + 200] for i in range(0, len(text), len(text) // 50)]
+    assert sum(sample in lines for sample in samples) <= 2                         # but for copied source
+
+
+@pytest.mark.parametrize("straddle", [False, True])
+@pytest.mark.parametrize("length, chunk_size, n_needle", [(128, 16, 3), (131, 20, 3), (1000, 32, 9)])
+def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_size, n_needle):
+    text = np.full(5000, ord("."), np.uint8)
+    task, S = NeedleTask(chunk_size, n_needle, 6, straddle), chunk_size - 1
+    tokens, labels, is_answer = needle_batch(text, task.fit(length), np.random.default_rng(0), 20, length)
+    assert tokens.shape == labels.shape == is_answer.shape == (20, length)
+    assert (is_answer.sum(1) == n_needle * 6).all() and (labels[:, :-1] == tokens[:, 1:]).all()
+    for row, label, answer in zip(tokens, labels, is_answer, strict=True):
+        context, wanted = row.astype(np.uint8).tobytes(), label[answer].astype(np.uint8).tobytes()
+        firsts = np.flatnonzero(answer)[::6]                                       # positions of the colons
+        assert (firsts % S == 0).all() and (np.diff(firsts) == S).all()
+        for i, first in enumerate(firsts):
+            name, value = context[first - 4:first], wanted[6 * i:6 * i + 6]
+            assert context[first - 6:first] == b"|?" + name and len(set(value)) == 6 and min(value) >= 128
+            place = context.index(b"|" + name + b":" + value + b"|")               # exactly one, before all questions
+            assert place + task.needle_length <= (firsts[0] // S - 1) * S and context.count(b"|" + name) == 1
+            assert straddle or place // S == (place + task.needle_length - 1) // S
+
+
+def test_batches_are_a_function_of_their_stream():
+    text, task = load_corpus("stdlib").val, NeedleTask(16, 3, 6)
+    draw = [needle_batch(text, task, np.random.default_rng(s), 4, 128)[0] for s in ((1, 0, 5), (1, 0, 5), (3, 0, 5))]
+    assert (draw[0] == draw[1]).all() and (draw[0] != draw[2]).any()
+
+
+# ---------------------------------------------------------------- learning
+
+def test_a_tiny_model_learns_to_retrieve():
+    """From chance (1 in 128) to above 90% of answer tokens; without retrieval the answers cannot be known."""
+    config = train_module.TrainConfig(steps=220)
+    corpus, task = load_corpus("stdlib"), NeedleTask(16, 1, 6)
+    torch.manual_seed(0)
+    model = DRT(DRTConfig(n_encoder=1)).to(DEVICE).train()
+    optimizer = train_module.make_optimizer(model, config)
+    unseen = train_module.draw_batch(corpus.val, task, (2, 0), 64, 64, DEVICE)
+    assert train_module.validate(model, unseen) < 0.05
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = train_module.learning_rate(step, config)
+        train_module.train_step(model, optimizer, train_module.draw_batch(
+            corpus.train, task, (1, 0, step), 64, 64, DEVICE), config)
+    assert train_module.validate(model, unseen) > 0.9
+
+
+# ---------------------------------------------------------------- command lines
+
+SMALL = "--n_embd 16 --n_head 1 --top_k 2 --steps 20 --batch_size 4 --n_value 1 --device".split() + [DEVICE.type]
+
+
+def command(*arguments, status=0):
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """The folder of a 20-step training run."""
+    out = tmp_path_factory.mktemp("run")
+    done = command("train.py", "--preset", "cpu", "--out", out, *SMALL)
+    assert "131,072" in done.stdout                                                # 1024 times the training length
+    return out
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "data.py"])
+def test_help(program):
+    assert "usage" in command(program, "--help").stdout
+
+
+def test_training_writes_checkpoint_and_log(run):
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [int(row["step"]) for row in rows] == list(range(1, 21))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) and rows[-1]["val_accuracy"]
+    assert sorted(path.name for path in run.iterdir()) == ["ckpt.pt", "log.csv", "niah.json"]
+    model, saved = load_checkpoint(run / "ckpt.pt", DEVICE)
+    assert model.config.n_embd == 16 and saved["step"] == 20
+
+
+def test_eval_niah(run):
+    out = run.parent / "niah.json"
+    done = command("eval.py", "niah", "--ckpt", run / "ckpt.pt", "--lengths", "128,1000", "--questions", 8, "--json", out,
+                   "--device", DEVICE.type)
+    rows = json.loads(out.read_text())["rows"]
+    assert "1,000" in done.stdout and [row["length"] for row in rows] == [128, 1000]
+    assert {"length", "questions", "token_accuracy", "exact_match", "seconds", "tokens_per_second",
+            "peak_gpu_gib"} <= set(rows[0]) and rows[0]["questions"] == 8
+
+
+def test_resume_continues_as_if_never_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module.evaluation, "niah", lambda *_: [])
+    flags = ["--preset", "cpu", *SMALL, "--steps", "40"]
+    train_module.main([*flags, "--out", str(tmp_path / "whole"), "--checkpoint_every", "20"])
+    monkeypatch.setattr(train_module, "train_step", stop_after(30, train_module.train_step))
+    with pytest.raises(KeyboardInterrupt):
+        train_module.main([*flags, "--out", str(tmp_path / "cut"), "--checkpoint_every", "20"])
+    monkeypatch.undo()
+    monkeypatch.setattr(train_module.evaluation, "niah", lambda *_: [])
+    train_module.main(["--resume", "--out", str(tmp_path / "cut"), "--device", DEVICE.type])
+    whole, cut = ([{**row, "tokens_per_second": 0} for row in csv.DictReader(open(tmp_path / name / "log.csv"))]
+                  for name in ("whole", "cut"))
+    if DEVICE.type == "cpu":
+        assert whole == cut
+    assert len(cut) == 40
+
+
+def stop_after(steps, function):
+    calls = []
+
+    def wrapped(*arguments):
+        calls.append(1)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+        return function(*arguments)
+    return wrapped
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--n_embd 65 --n_head 4", "n_embd must be a multiple of n_head, got 65 and 4"),
+    ("--top_k 0", "top_k must be at least 1, got 0"),
+    ("--chunk_size 1", "chunk_size must be at least 2, got 1"),
+    ("--chunk_size 12", "chunk_size must be at least 14 to hold a needle with a value of 6 bytes, got 12"),
+    ("--seq_len 30", "seq_len must be at least 37 for a needle and its question in chunks of 16, got 30"),
+    ("--data nowhere", "--data must be 'stdlib' (the only corpus so far), got 'nowhere'"),
+    ("--steps x", "argument --steps: invalid int value: 'x'"),
+    ("--softmax_one maybe", "argument --softmax_one: must be true or false, got 'maybe'"),
+    ("--steps 0", "--steps must be positive, got 0"),
+    ("--colour red", "unrecognized arguments: --colour red"),
+    ("--resume", "no checkpoint at"),
+] + ([] if torch.cuda.is_available() else [("--device cuda", "--device must be auto, cpu, or cuda on a machine")]))
+def test_training_mistakes_get_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_module.main(["--preset", "cpu", "--out", str(tmp_path / "new"), *flags.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        train_module.main(["--preset", "cpu", "--out", str(tmp_path / "file")])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "file" in error and (tmp_path / "file").read_text() == "mine"
+
+
+def test_resume_names_the_flag_that_differs(run):
+    error = command("train.py", "--resume", "--out", run, "--n_embd", 32, "--device", DEVICE.type, status=2).stderr
+    assert error == f"error: --resume: the run in {run} has --n_embd 16, got 32\n"
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "cut", "foreign"])
+def test_bad_checkpoints_get_one_line(kind, run, tmp_path):
+    path = tmp_path / "bad.pt"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "cut":
+        path.write_bytes((run / "ckpt.pt").read_bytes()[:20000])
+    elif kind == "foreign":
+        torch.save(dict(weights=torch.zeros(3)), path)
+    error = command("eval.py", "niah", "--ckpt", path, "--device", "cpu", status=2).stderr
+    assert error.startswith("error: ") and str(path) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--lengths", "20"], ["--lengths", "many"], ["--questions", "0"], ["--size", "3"],
+                                   ["--json", "nowhere/x.json"]])
+def test_evaluation_mistakes_get_one_line(flags, run):
+    error = command("eval.py", "niah", "--ckpt", run / "ckpt.pt", "--device", DEVICE.type, *flags, status=2).stderr
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_checkpoints_are_replaced_whole(tmp_path, monkeypatch):
+    model, path = tiny(), tmp_path / "ckpt.pt"
+    save_checkpoint(path, model, step=1)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        save_checkpoint(path, model, step=2)
+    assert load_checkpoint(path, DEVICE)[1]["step"] == 1
