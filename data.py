@@ -2,14 +2,15 @@
 
 Corpora: `stdlib` is the running Python's own library source, as bytes: real text without a download.
 
-The needle task is the paper's NIAH protocol (Sec. 4) in a form that a small model learns in minutes. Several named
-needles are hidden in real text, and as many questions are asked at its end (chunk borders shown as //):
+The needle task is the paper's NIAH protocol (Sec. 4) in a form that a small model learns in minutes. Several
+named needles are hidden in real text, and as many questions are asked at its end (chunk borders shown as //):
 
-    .. def close(self):  // se|kqzb:VVVVVV| // elf._f ..       needle: a name and its value, distinct random bytes
-    ..  return None|?kqzb // :VVVVVV .assert // ..             question: it ends a chunk; its answer opens the next
+    .. def close(self):  // se|kQ7b:VVVVVV| // elf._f ..    needle: a name and its value, distinct bytes
+    ..  return None|?kQ7b // :VVVVVV .assert // ..          question: it ends a chunk; its answer follows
 
-The question has to *end* a chunk because it is that chunk's landmark which retrieves, for the tokens of the next.
-The colon after it belongs to the question: it is the first token to see what was retrieved, and predicts the answer.
+The question has to *end* a chunk because it is that chunk's landmark which retrieves, for the tokens of the
+next. The colon after it belongs to the question: it is the first token to see what was retrieved, and
+predicts the answer.
 
 Run `python data.py` to see an example.
 """
@@ -59,7 +60,7 @@ def stdlib_corpus():
     splits = [], []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if "-packages/" not in name:                            # site-packages and dist-packages are not the library
+        if "-packages/" not in name:                     # site-packages and dist-packages are not the library
             splits[zlib.crc32(name.encode()) % 8 == 0].append(path.read_bytes())
     train, val = (np.frombuffer(b"".join(files), np.uint8) for files in splits)
     return Corpus(train, val, 256)
@@ -85,19 +86,20 @@ class NeedleTask(NamedTuple):
 
     @property
     def needle_length(self):
-        return NAME + self.n_value + 3                          # |kqzb:VVVVVV|
+        return NAME + self.n_value + 3                          # |kQ7b:VVVVVV|
 
     def fit(self, length):
-        """The task with as many of its needles as a context of `length` tokens holds; ValueError if it holds none."""
+        """The task with as many of its needles as fit in `length` tokens; ValueError if not even one does."""
         if self.n_needle < 1 or not 1 <= self.n_value <= 128:
-            raise ValueError(f"n_needle must be at least 1 and n_value in 1..128, got {self.n_needle}, {self.n_value}")
+            raise ValueError(f"n_needle must be at least 1 and n_value in 1..128, "
+                             f"got {self.n_needle} and {self.n_value}")
         if self.text < self.needle_length:
-            raise ValueError(f"chunk_size must be at least {self.needle_length + 1} to hold a needle with a value of "
-                             f"{self.n_value} bytes, got {self.chunk_size}")
-        room = (length - 1 - self.n_value) // (2 * self.text)      # a chunk for each needle, one for each question
+            raise ValueError(f"chunk_size must be at least {self.needle_length + 1} to hold a needle with a "
+                             f"value of {self.n_value} bytes, got {self.chunk_size}")
+        room = (length - 1 - self.n_value) // (2 * self.text)    # a chunk for each needle, and each question
         if room < 1:
-            raise ValueError(f"seq_len must be at least {2 * self.text + 1 + self.n_value} for a needle and its "
-                             f"question in chunks of {self.chunk_size}, got {length}")
+            raise ValueError(f"seq_len must be at least {2 * self.text + 1 + self.n_value} for a needle and "
+                             f"its question in chunks of {self.chunk_size}, got {length}")
         return self._replace(n_needle=min(self.n_needle, room))
 
 
@@ -119,7 +121,8 @@ def needle_batch(text, task, rng, batch, length):
     """A batch of the needle task over random stretches of text (repeated where it is shorter than a context).
 
     Returns tokens (batch, length), next_tokens (batch, length) and is_answer (batch, length), which marks the
-    positions whose next token is part of an answer. All questions lie at the end, one a chunk, one after another.
+    positions whose next token is part of an answer. All questions lie at the end, one a chunk, one after
+    another.
     """
     B, n, S = batch, task.n_needle, task.text
     last = (length - 1 - task.n_value) // S                     # the chunk that the last answer opens
@@ -135,8 +138,8 @@ def needle_batch(text, task, rng, batch, length):
         start = places(rng, B, n, (last - n) * S, task.needle_length)
     else:
         start = places(rng, B, n, last - n, 1) * S + rng.integers(0, S - task.needle_length + 1, (B, n))
-    answer = S * np.arange(last - n + 1, last + 1)[:, None] + np.arange(task.n_value)   # (n, V) positions of the colon,
-    question = answer[:, :1] - (2 + NAME) + np.arange(questions.shape[-1])              # and of the bytes but the last
+    answer = S * np.arange(last - n + 1, last + 1)[:, None] + np.arange(task.n_value)   # (n, V), colon first
+    question = answer[:, :1] - (2 + NAME) + np.arange(questions.shape[-1])
     rows = np.arange(B)[:, None, None]
     x[rows, start[..., None] + np.arange(task.needle_length)] = needles
     x[rows, question] = questions

@@ -36,8 +36,10 @@ def hardware(device):
 
 def print_table(rows):
     """Rows are dicts with the same keys; the keys are the header."""
-    table = [list(rows[0])] + [[f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-                                for x in row.values()] for row in rows]
+    def text(x):
+        return f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if x >= 1000 else f"{x:.2f}"
+
+    table = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
@@ -53,8 +55,8 @@ def save_json(path, settings, device, rows):
 def niah_length(model, text, task, length, questions, seed, device):
     """One row of the table: accuracy over `questions` questions in contexts of `length` tokens.
 
-    Every token is predicted greedily from the true tokens before it, so all tokens of an answer are right exactly
-    when greedy generation would have produced that answer.
+    Every token is predicted greedily from the true tokens before it, so all tokens of an answer are right
+    exactly when greedy generation would have produced that answer.
     """
     task = task.fit(length)
     rng = np.random.default_rng([EVALUATION, seed, length])
@@ -76,13 +78,14 @@ def niah_length(model, text, task, length, questions, seed, device):
         hits.append(logits.argmax(-1).cpu() == answers[at.cpu()])                  # .cpu() waits for the GPU
         seconds += time.perf_counter() - start
     hits = torch.cat(hits).view(-1, task.n_value)[:questions].double()
-    return dict(length=length, questions=len(hits), needles=task.n_needle, token_accuracy=100 * hits.mean().item(),
-                exact_match=100 * hits.all(1).double().mean().item(), seconds=seconds,
-                tokens_per_second=-(-contexts // batch) * batch * length / seconds, **peak_memory(device))
+    return dict(length=length, questions=len(hits), needles=task.n_needle,
+                token_accuracy=100 * hits.mean().item(), exact_match=100 * hits.all(1).double().mean().item(),
+                seconds=seconds, tokens_per_second=-(-contexts // batch) * batch * length / seconds,
+                **peak_memory(device))
 
 
 def default_questions(length, n_needle, device):
-    """As many as 240 where contexts are short; where they are long as few as 32, to read for seconds, not hours."""
+    """As many as 240 where contexts are short, as few as 32 where they are long: seconds, not hours."""
     affordable = 2 ** (26 if device.type == "cuda" else 19) // length * n_needle
     return max(32, min(240, affordable))
 
@@ -115,7 +118,8 @@ def plot(reports, path):
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for report in reports:
         rows = json.loads(report.read_text())["rows"]
-        axes.plot([row["length"] for row in rows], [row["token_accuracy"] for row in rows], "o-", label=report.stem)
+        x, y = [row["length"] for row in rows], [row["token_accuracy"] for row in rows]
+        axes.plot(x, y, "o-", label=report.stem)
     axes.set(xscale="log", ylim=(-3, 103), xlabel="tokens of context", ylabel="answer tokens right, %")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -127,17 +131,17 @@ def plot(reports, path):
 def make_parser():
     parser = Parser(description="Measure a trained DRT.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    niah = commands.add_parser("niah", description="Needle accuracy by context length, on text unseen in training.")
-    niah.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="checkpoint of train.py (%(default)s)")
+    niah = commands.add_parser("niah", description="Needle accuracy by context length, on unseen text.")
+    niah.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="checkpoint (%(default)s)")
     niah.add_argument("--lengths", type=lengths, default=None, help="tokens of context, separated by commas; "
                       "default: the training length times 1, 4, 16, .. 1024")
     niah.add_argument("--questions", type=int, default=None, help="questions at each length; default: "
                       "240, and fewer, at least 32, in long contexts")
-    niah.add_argument("--seed", type=int, default=0, help="of needles, places and text; never training's (%(default)s)")
+    niah.add_argument("--seed", type=int, default=0, help="of needles, places and text (%(default)s)")
     niah.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
     niah.add_argument("--json", type=Path, default=None, help="write settings, hardware and rows here")
     plot = commands.add_parser("plot", description="Draw the results of `niah --json` (needs matplotlib).")
-    plot.add_argument("reports", type=Path, nargs="+", help="files that niah --json wrote; a curve for each, named so")
+    plot.add_argument("reports", type=Path, nargs="+", help="files that niah --json wrote: a curve for each")
     plot.add_argument("--out", type=Path, default=Path("niah.png"), help="the picture (%(default)s)")
     return parser
 
@@ -158,9 +162,11 @@ def main(argv):
         device = pick_device(args.device)
         model, saved = load_checkpoint(args.ckpt, device)
         settings = saved["settings"]
-        task = NeedleTask(settings["chunk_size"], 1 if settings["needle"] == "single" else settings["n_needle"],
-                          settings["n_value"], settings["straddle"])
+        n_needle = 1 if settings["needle"] == "single" else settings["n_needle"]
+        task = NeedleTask(settings["chunk_size"], n_needle, settings["n_value"], settings["straddle"])
         args.lengths = args.lengths or lengths_from(settings["seq_len"])
+        if args.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {args.seed}")
         if args.questions is not None and args.questions < 1:
             raise ValueError(f"--questions must be at least 1, got {args.questions}")
         if args.json and not args.json.absolute().parent.is_dir():

@@ -10,7 +10,7 @@ retrieval scores weight what is read, so the next-token loss alone trains the re
 
 Symbols, the same throughout the repository:
     B batch      T text tokens    S tokens in a chunk, its landmark included (S - 1 text tokens + 1 landmark)
-    C chunks     d width          K chunks retrieved for each chunk          W sliding window of self-attention
+    C chunks     d width          K chunks retrieved for each chunk         W sliding window of self-attention
     H heads      D head width     G groups of upper layers; each retrieves once, at its first layer
     N positions of the token stream with its landmarks: chunk c is positions c*S .. c*S + S-1, landmark last
 """
@@ -73,7 +73,7 @@ def alibi_slopes(n_head):
 
 
 def band_bias(n_query, n_key, window, slopes):
-    """ALiBi inside the window, -inf outside, for queries that are the last of the keys: (H, n_query, n_key)."""
+    """ALiBi inside the window, -inf outside; queries are the last of the keys: (H, n_query, n_key)."""
     query = torch.arange(n_key - n_query, n_key, device=slopes.device)
     distance = query[:, None] - torch.arange(n_key, device=slopes.device)
     bias = -slopes[:, None, None] * distance
@@ -114,13 +114,13 @@ def compiled_flex_attention():
 
 @lru_cache
 def band_blocks(n, m, window, device):
-    """flex_attention's block mask: for 128 queries at a time, the blocks of 128 keys that their windows touch."""
+    """flex_attention's block mask: for 128 queries at a time, the blocks of 128 keys in their windows."""
     size, past = 128, m - n
     start = torch.arange(0, n, size, device=device, dtype=torch.int32) + past
     low = (start - window + 1).clamp(min=0) // size
     high = (start + size - 1).clamp(max=m - 1) // size
     blocks = low[:, None] + torch.arange(-(-m // size), device=device, dtype=torch.int32)
-    blocks = blocks.clamp(max=blocks.shape[1] - 1)                             # only the first high - low + 1 count
+    blocks = blocks.clamp(max=blocks.shape[1] - 1)                       # only the first high - low + 1 count
 
     def in_window(b, h, i, j):
         return (past + i >= j) & (past + i - j < window)
@@ -132,7 +132,7 @@ def band_blocks(n, m, window, device):
 def fused_attention(q, k, v, window, slopes):
     """The same in one kernel (CUDA): only the blocks inside the band are read."""
     past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
-    if group > 1:                                   # its own GQA does not compile for every shape (torch 2.11)
+    if group > 1:                                  # its own GQA does not compile for every shape (torch 2.11)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
     def alibi(score, b, h, i, j):
@@ -161,7 +161,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.window = config.n_head, config.n_kv_head, config.window
         self.head_dim = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_dim, bias=False)
+        width = (config.n_head + 2 * config.n_kv_head) * self.head_dim
+        self.qkv = nn.Linear(config.n_embd, width, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
 
@@ -215,7 +216,7 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm decoder layer: y = x + SA(x);  z = y + GCA(y), upper layers only;  out = z + MLP(z)  (Sec. 3)."""
+    """Pre-norm decoder layer: y = x + SA(x);  z = y + GCA(y) in upper layers;  out = z + MLP(z)  (Sec. 3)."""
 
     def __init__(self, config, upper=False):
         super().__init__()
@@ -241,7 +242,8 @@ class ChunkEncoder(nn.Module):
         self.norm_in, self.norm_out = nn.RMSNorm(config.n_embd, 1e-5), nn.RMSNorm(config.n_embd, 1e-5)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_encoder))
         self.head_dim = config.n_embd // config.n_head
-        self.key, self.value = (nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False) for _ in "kv")
+        width = config.n_kv_head * self.head_dim
+        self.key, self.value = (nn.Linear(config.n_embd, width, bias=False) for _ in "kv")
 
     def forward(self, x):
         """x (B, C, S, d) -> landmarks (B, C, d), k and v (B, C, S-1, Hkv, D).
@@ -295,7 +297,7 @@ class Grid:
 
 
 SEGMENT = dict(cpu=2 ** 14, cuda=2 ** 16)   # tokens that DRT.read takes at once, and
-MAX_SCORES = 2 ** 26                        # retrieval scores held at once: together they bound the memory of reading
+MAX_SCORES = 2 ** 26                # retrieval scores held at once: both bound the memory of reading
 
 
 def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
@@ -303,7 +305,7 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
 
     query (B, n, d): chunks first .. first+n-1 at their landmarks; landmarks (B, M, d): every chunk's l_c.
     Scores r_t,c = q_t . l_c / sqrt(d). Gumbel noise takes part in the ranking alone: the weights are the
-    softmax of the noiseless scores. Returns weights (B, n, K) and indices (B, n, K), -1 where a slot is empty.
+    softmax of the noiseless scores. Returns weights and indices (B, n, K), index -1 where a slot is empty.
     """
     weights, indices = [], []
     for q in query.split(max(1, MAX_SCORES // max(1, query.shape[0] * landmarks.shape[1])), dim=1):
@@ -316,7 +318,7 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
         if gumbel or random:
             ranking = ranking - torch.empty_like(scores).exponential_().log()
         chosen = ranking.detach().topk(min(top_k, M)).indices
-        empty = chosen >= t                                                            # fewer than K are earlier
+        empty = chosen >= t                                                         # fewer than K are earlier
         weight = scores.gather(-1, chosen).masked_fill(empty, torch.finfo(scores.dtype).min).softmax(-1)
         pad = (0, top_k - chosen.shape[-1])
         weights.append(F.pad(weight.masked_fill(empty, 0), pad))
@@ -341,10 +343,10 @@ class Memory:
         self.unfinished = None                              # (B, <S, d) lower decoder's output, last chunk
         self.buffers = None                                 # landmarks (B, M, d); k, v (B, M, S-1, Hkv, D)
         no_slot = torch.zeros(batch_size, 1, config.top_k, device=model.embedding.weight.device)
-        self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group     # weights, indices for the last chunk
+        self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group  # weights, indices for the last chunk
 
     def append(self, *new):
-        """Store whole chunks' landmarks, k and v, (B, C, ...) each, and return all that is stored, as views."""
+        """Store whole chunks' landmarks, k and v, (B, C, ...) each; return all that is stored, as views."""
         total = self.chunks + new[0].shape[1]
         if self.buffers is None or total > self.buffers[0].shape[1]:
             room = max(total, self.capacity, 2 * self.chunks)
@@ -384,7 +386,7 @@ class DRT(nn.Module):
         """Next-token logits, and the mean cross-entropy where there are targets.
 
         tokens (B, T), any T >= 1, without landmarks; targets (B, T), -100 = no label.
-        at (B, T) bool: positions whose logits are wanted, (number, vocab_size) then; default all, (B, T, vocab_size).
+        at (B, T) bool: positions whose logits are wanted; they are (number, vocab_size) then. Default: all.
         """
         hidden = self.hidden(tokens)
         logits = self.head(hidden if at is None else hidden[at])
@@ -404,9 +406,9 @@ class DRT(nn.Module):
         if at is None:
             return self.head(torch.cat([self.hidden(piece, memory) for piece in pieces], dim=1))
         marks = at.split(segment, dim=1)
-        hidden = torch.cat([self.hidden(piece, memory)[mark] for piece, mark in zip(pieces, marks, strict=True)])
+        hidden = torch.cat([self.hidden(x, memory)[mark] for x, mark in zip(pieces, marks, strict=True)])
         rows = torch.cat([mark.nonzero()[:, 0] for mark in marks])
-        return self.head(hidden[rows.argsort(stable=True)])                    # segment by segment -> row by row
+        return self.head(hidden[rows.argsort(stable=True)])                 # segment by segment -> row by row
 
     def head(self, hidden):
         return F.linear(hidden, self.embedding.weight)
@@ -446,7 +448,7 @@ class DRT(nn.Module):
         return memory.append(*encoded)
 
     def retrieve(self, g, x, landmarks, grid, memory):
-        """Group g's weights and indices for every chunk of the grid: what landmark t retrieves serves chunk t + 1."""
+        """Group g's weights and indices for every chunk of the grid: landmark t retrieves for chunk t + 1."""
         config, explore = self.config, self.config.gumbel and self.training
         with torch.autocast(x.device.type, enabled=False):                     # ranking needs full precision
             weights, indices = retrieve(self.query_norms[g](grid.landmarks(x).float()), landmarks.float(),
@@ -462,7 +464,7 @@ class DRT(nn.Module):
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, **state):
-    """Write model and state atomically: a kill at any moment leaves the old checkpoint or the new one, whole."""
+    """Write model and state atomically: a kill at any moment leaves the old checkpoint or the new, whole."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
@@ -481,5 +483,5 @@ def load_checkpoint(path, device):
         model = DRT(DRTConfig(**state["config"])).to(device)
         model.load_state_dict(state["model"])
     except Exception as error:                  # whatever a foreign or damaged file makes torch raise
-        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py") from error
     return model, state

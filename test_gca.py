@@ -44,7 +44,7 @@ def kernel(*args):
 
 
 def assert_matches(tensors, softmax_one=True, tolerance=1e-5):
-    """The kernel's output and gradients are the reference's in float64, each to a relative error of `tolerance`."""
+    """The kernel's output and gradients are the float64 reference's, to a relative error of `tolerance`."""
     *floats, indices = tensors
     upstream = torch.randn_like(floats[0])
     got = with_gradients(kernel, *floats, indices, softmax_one, upstream)
@@ -52,7 +52,8 @@ def assert_matches(tensors, softmax_one=True, tolerance=1e-5):
     for name, x, y in zip(("out", "dq", "dk", "dv", "dweights"), got, wanted, strict=True):
         assert x.shape == y.shape and x.isfinite().all(), name
         error = (x.double() - y).norm().item()
-        assert error <= tolerance * y.norm().item() + 1e-7, f"{name}: relative error {error / y.norm().item():.1e}"
+        size = y.norm().item()
+        assert error <= tolerance * size + 1e-7, f"{name}: error {error:.1e} of {size:.1e}"
 
 
 # ---------------------------------------------------------------- the reference
@@ -82,8 +83,8 @@ def test_gradcheck_of_the_reference(softmax_one):
 @needs_triton
 @pytest.mark.parametrize("softmax_one", [True, False])
 @pytest.mark.parametrize("Sq, Sk, K, Hq, Hkv, D", [
-    (1, 1, 1, 1, 1, 16), (7, 63, 5, 2, 1, 32), (63, 7, 1, 4, 2, 16), (64, 64, 5, 2, 2, 64), (65, 1, 5, 2, 1, 16),
-    (7, 64, 5, 3, 3, 128), (64, 63, 1, 2, 2, 16), (1, 100, 5, 6, 2, 32)])
+    (1, 1, 1, 1, 1, 16), (7, 63, 5, 2, 1, 32), (63, 7, 1, 4, 2, 16), (64, 64, 5, 2, 2, 64),
+    (65, 1, 5, 2, 1, 16), (7, 64, 5, 3, 3, 128), (64, 63, 1, 2, 2, 16), (1, 100, 5, 6, 2, 32)])
 def test_kernel_matches_reference(Sq, Sk, K, Hq, Hkv, D, softmax_one):
     assert_matches(inputs(Sq=Sq, Sk=Sk, K=K, Hq=Hq, Hkv=Hkv, D=D), softmax_one)
 
@@ -112,7 +113,8 @@ def test_kernel_with_the_largest_tiles(dtype, D, Sk):
 def test_kernel_on_extreme_retrieval(indices, monkeypatch):
     monkeypatch.setattr(gca_module, "SEGMENT", 4)       # lists of popular chunks are split over programs
     q, k, v, weights, chosen = inputs(B=1, Cq=7, K=5, Hq=4)
-    chosen = {"all empty": chosen * 0 - 1, "one chunk for all": chosen * 0 + 2, "repeated": chosen % 2}[indices]
+    patterns = {"all empty": chosen * 0 - 1, "one chunk for all": chosen * 0 + 2, "repeated": chosen % 2}
+    chosen = patterns[indices]
     assert_matches((q, k, v, weights, chosen))
 
 
@@ -129,7 +131,8 @@ def test_kernel_takes_non_contiguous_inputs():
 @needs_triton
 def test_kernel_survives_large_scores():
     q, k, v, weights, indices = inputs()
-    assert_matches((q * 100, k * 100, v, weights, indices), tolerance=1e-2)   # eps * 1e4 in the exponent
+    q[..., 0] = k[..., 0] = 200                         # scores of 1e4, whose differences still matter
+    assert_matches((q, k, v, weights, indices), tolerance=1e-2)
 
 
 @needs_triton

@@ -1,10 +1,10 @@
 """Train a DRT to find needles in real text, and show that it finds them in contexts 1000 times longer.
 
-    python train.py                                               minutes, with sizes for the CPU or GPU it finds
+    python train.py                                            minutes, with sizes for the CPU or GPU it finds
     python train.py --seed 1 --n_layer 4 --n_group 2 --out out/deep
 
-A plain loop: draw a batch, step, log. The context starts short and doubles whenever the answers are right: retrieval
-is learned within minutes when there are few chunks to choose from, and then carries over to many.
+A plain loop: draw a batch, step, log. The context starts short and doubles whenever the answers are right:
+retrieval is learned within minutes when there are few chunks to choose from, and then carries over to many.
 Writes to --out: ckpt.pt; log.csv, one row a step; and niah.json, the table it ends with.
 """
 import argparse
@@ -50,11 +50,12 @@ class TrainConfig:
 # Settings of known runs; README has their numbers. A flag overrides the preset, the preset the default.
 PRESETS = {
     "cpu": dict(n_encoder=1),
-    "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=16, n_value=12,
-                start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=3000, lr=2e-3, lm_weight=0.1),
+    "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
+                start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=1300, lr=2e-3,
+                lm_weight=0.1),
 }
-FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]    # the corpus decides that
-LOG_EVERY = 25              # steps between reading the metrics back from the GPU, validating and maybe growing
+FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]  # the corpus has that
+LOG_EVERY = 25             # steps between reading the metrics back from the GPU, validating and maybe growing
 METRICS = ("loss", "answer_loss", "lm_loss", "answer_accuracy", "grad_norm")
 COLUMNS = ("step", *METRICS, "lr", "seq_len", "batch_size", "tokens_per_second", "val_accuracy")
 
@@ -68,37 +69,43 @@ def boolean(text):
 
 
 def make_parser():
-    parser = Parser(allow_abbrev=False, description="Train a DRT on the needle task; ends with its accuracy up to 1000 times the training length.")
-    parser.add_argument("--preset", choices=PRESETS, help="settings of a known run; default: gpu where there is one")
+    parser = Parser(allow_abbrev=False, description="Train a DRT to find needles in text, then measure it.")
+    parser.add_argument("--preset", choices=PRESETS, help="settings of a known run; default: by the device")
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for ckpt.pt and log.csv; default: out")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to; default: out")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
     choices = dict(task=["niah"], needle=["multi", "single"])
     for field in FIELDS:
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
         same = len(set(values.values())) == 1
         default = field.default if same else ", ".join(f"{value} ({name})" for name, value in values.items())
-        parser.add_argument(f"--{field.name}", type=boolean if type(field.default) is bool else type(field.default),
-                            choices=choices.get(field.name), help=f"default: {default}")
+        kind = boolean if type(field.default) is bool else type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices.get(field.name),
+                            help=f"default: {default}")
     return parser
 
 
 def settings(args, device, saved):
-    """All settings as one dict: preset or saved run, overridden by flags. ValueError for flags a saved run forbids."""
+    """All settings as one dict: the preset's or the saved run's, under the flags; ValueError if at odds."""
     given = {f.name: getattr(args, f.name) for f in FIELDS if getattr(args, f.name) is not None}
     if saved:
         for name, value in given.items():
             if name not in ("steps", "checkpoint_every") and value != saved["settings"][name]:
-                raise ValueError(f"--resume: the run in {args.out} has --{name} {saved['settings'][name]}, got {value}")
+                raise ValueError(f"--resume: the run in {args.out} has --{name} {saved['settings'][name]}, "
+                                 f"got {value}")
         return saved["settings"] | given
-    return {f.name: f.default for f in FIELDS} | PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")] | given
+    preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
+    return {f.name: f.default for f in FIELDS} | PRESETS[preset] | given
 
 
 def check(config, task):
     """ValueError for training settings that cannot work."""
-    for name in ("batch_size", "batch_tokens", "steps", "lr", "warmup", "checkpoint_every", "start_len", "seq_len"):
+    for name in ("batch_size", "batch_tokens", "steps", "lr", "warmup", "checkpoint_every", "start_len",
+                 "seq_len"):
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(config, name)}")
+    if config.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {config.seed}")
     task.fit(config.seq_len)
     task.fit(min(config.start_len, config.seq_len))
 
@@ -124,7 +131,7 @@ def draw_batch(text, task, stream, length, batch_size, device):
 
 
 def predict(model, tokens, labels, at=None):
-    """Cross-entropy and hits, (number,) each, at the marked positions or at all: no logits where none are wanted."""
+    """Cross-entropy and hits, (number,) each, at the marked positions or at all; no logits elsewhere."""
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
         logits, _ = model(tokens, at=at)
     labels = labels.flatten() if at is None else labels[at]
@@ -195,10 +202,12 @@ def train(config, model_config, corpus, task, device, out, saved):
             rows.append(dict(step=step, lr=lr, seq_len=length, batch_size=batch_size))
             if step % LOG_EVERY == 0 or step == config.steps:
                 values = torch.stack(metrics).tolist()                     # the only wait for the GPU
-                speed = sum(row["seq_len"] * row["batch_size"] for row in rows) / (time.perf_counter() - since)
+                seen = sum(row["seq_len"] * row["batch_size"] for row in rows)
+                speed = seen / (time.perf_counter() - since)
                 for row, value in zip(rows, values, strict=True):
                     row.update(zip(METRICS, value, strict=True), tokens_per_second=speed)
-                unseen = draw_batch(corpus.val, task, (VALIDATION, config.seed, step), length, batch_size, device)
+                stream = VALIDATION, config.seed, step
+                unseen = draw_batch(corpus.val, task, stream, length, batch_size, device)
                 rows[-1]["val_accuracy"] = accuracy = validate(model, unseen)
                 log.writerows(rows)
                 file.flush()
