@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # `python gca.py` checks the kernels on any machine
 try:
     import triton
     import triton.language as tl
@@ -493,12 +495,13 @@ def benchmark():
 def main():
     parser = argparse.ArgumentParser(description="Check FlashGCA against the reference; on a GPU, time it.")
     parser.add_argument("--json", type=Path, help="write the benchmark's rows to this file")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     args = parser.parse_args()
-    if triton is None or not (torch.cuda.is_available() or INTERPRET):
-        return print("Nothing to check: the kernels need triton and a GPU (or TRITON_INTERPRET=1, slow).")
+    if triton is None:
+        return print("Nothing to check: triton is not installed (Linux: pip install triton).")
     check("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
-        return print("No GPU: the check alone, in Triton's interpreter; there is nothing to time.")
+        return print("No GPU: the check alone, in Triton's interpreter. There is nothing to time.")
     rows = benchmark()
     print(f"{torch.cuda.get_device_name()}, bf16, 4 x 256 chunks of 64, 12 heads of 64, K 8")
     print(*(f"{name:>16}" for name in rows[0]))
