@@ -18,6 +18,7 @@ chunk, Hq query heads, Hkv key/value heads (head h reads key/value head h // (Hq
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 from functools import partial
@@ -31,6 +32,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                 # no triton (macOS, Windows): everything runs on the reference
     triton = None
 jit = triton.jit if triton else lambda kernel: kernel
@@ -76,67 +78,71 @@ def retrieved_chunks(x, indices, n_head):
 # product with V_c. And as a tile sees all keys of its rows, the backward kernels recompute softmax and delta
 # on the spot: the forward pass stores nothing but its output.
 #
-# An empty slot (index -1) is read as a chunk of zeros with weight 0: no branch, and no memory traffic, since
-# masked loads fetch nothing.
+# Tiles move through tensor descriptors (TMA, the copy engine of Hopper GPUs; pointers on older ones), for
+# which a tensor is (B, C, S, H * D). Whatever lies outside it is read as zeros and never written. So short
+# chunks need no masks, and an empty slot (index -1) needs no branch: it is a chunk of zeros, with weight 0.
+#
+# Programs are numbered chunks first, then heads: those that run at the same time then share the keys and
+# values of one or two heads, which fit the L2 cache, where all heads together do not.
+#
+# What was tried, paper's shape in bf16 on an H100 or H200, milliseconds of the kernel in question:
+#     forward: heads first 0.36, chunks first 0.30 | pointers 0.32, TMA 0.30 | 8 warps 0.67 | 3 stages 0.31
+#     dQ: recomputing the softmax 0.42, and storing its statistics for dK/dV besides 0.51
+#     dK/dV: reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
 
 @jit
-def load_rows(base, rows, n_rows, stride, D: tl.constexpr):
-    """Rows of a (n_rows, D) matrix; those beyond n_rows are zeros."""
-    at = base + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    return tl.load(at, mask=rows[:, None] < n_rows, other=0.0)
+def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
+    """Rows row, row + 1, .. of chunk c in head h: (ROWS, D)."""
+    return X.load([b, c, row, h * D]).reshape(ROWS, D)
 
 
 @jit
-def store_rows(base, rows, n_rows, stride, x, D: tl.constexpr):
-    at = base + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    tl.store(at, x.to(base.dtype.element_ty), mask=rows[:, None] < n_rows)
+def store_tile(X, b, c, row, h, x, ROWS: tl.constexpr, D: tl.constexpr):
+    X.store([b, c, row, h * D], x.to(X.dtype).reshape(1, 1, ROWS, D))
 
 
 @jit
-def chunk_softmax(scores, scale, is_key, AXIS: tl.constexpr, ONE: tl.constexpr):
+def chunk_softmax(scores, scale, n_key, KEYS: tl.constexpr, ONE: tl.constexpr):
     """Softmax over one chunk's keys: numerators, and one over their sum (+ 1). exp(x) = exp2(x * log2(e))."""
-    scores = tl.where(is_key, scores * (scale * 1.4426950408889634), float("-inf"))
-    top = tl.max(scores, AXIS)
+    scale *= 1.4426950408889634
+    if not ONE:
+        scores = tl.where(tl.arange(0, KEYS)[None, :] < n_key, scores, float("-inf"))
+    top = tl.max(scores, 1) * scale
     if ONE:
         top = tl.maximum(top, 0.0)
-    p = tl.exp2(scores - tl.expand_dims(top, AXIS))
-    total = tl.sum(p, AXIS)
-    if ONE:
-        total += tl.exp2(-top)
+    p = tl.exp2(scores * scale - top[:, None])
+    total = tl.sum(p, 1)
+    if ONE:                                     # one more score of 0: there already are KEYS - n_key of them
+        total += (1 - KEYS + n_key) * tl.exp2(-top)
     return p, 1.0 / total
 
 
 # Algorithm 1. One program computes the output of one block of query rows in one head: it walks over the K
-# slots, reads index, weight and that chunk's keys and values, and keeps q and the sum on chip. The grid has
-# one dimension (so no limit at 65,535), heads innermost: neighbours read neighbouring memory of the same
-# chunks.
+# slots, reads index, weight and that chunk's keys and values, and keeps q and the sum on chip. When there are
+# few programs, as in generation, the slots are dealt out over n_part programs: stage 2 is a plain sum, so
+# their outputs only have to be added.
 
 @jit
-def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Sq, Sk, Hq, group,
-                   q_b, q_c, q_s, q_h, k_b, k_c, k_s, k_h, v_b, v_c, v_s, v_h,
+def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, n_part, B, Cq, Sq, Sk, Hq, GROUP: tl.constexpr,
                    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
                    DOT: tl.constexpr):
-    n_block = tl.cdiv(Sq, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    h, block, c, b = pid % Hq, pid // Hq % n_block, pid // (Hq * n_block) % Cq, pid // (Hq * n_block * Cq)
-    rows, keys = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS)
-    slots = (b * Cq + c) * n_slot
-    K += b * k_b + h // group * k_h
-    V += b * v_b + h // group * v_h
+    pid, n_block = tl.program_id(0), tl.cdiv(Sq, ROWS)
+    c, row, h = pid % Cq, pid // Cq % n_block * ROWS, pid // (Cq * n_block) % Hq
+    b, part = pid // (Cq * n_block * Hq) % B, pid // (Cq * n_block * Hq * B)
+    slots, per_part = (b * Cq + c).to(tl.int64) * n_slot, tl.cdiv(n_slot, n_part)
 
-    q = load_rows(Q + b * q_b + c * q_c + h * q_h, rows, Sq, q_s, D)
+    q = load_tile(Q, b, c, row, h, ROWS, D)
     out = tl.zeros((ROWS, D), tl.float32)
-    for slot in range(n_slot):
-        index = tl.load(Index + slots + slot).to(tl.int64)
-        n_key = tl.where(index < 0, 0, Sk)
+    for slot in range(part * per_part, min((part + 1) * per_part, n_slot)):
+        index = tl.load(Index + slots + slot).to(tl.int32)
         w = tl.where(index < 0, 0.0, tl.load(W + slots + slot))
-        k = load_rows(K + index * k_c, keys, n_key, k_s, D)
-        v = load_rows(V + index * v_c, keys, n_key, v_s, D)
-        scores = tl.dot(q, tl.trans(k), input_precision=DOT)         # (ROWS, KEYS)
-        p, inverse = chunk_softmax(scores, scale, keys[None, :] < Sk, 1, ONE)
+        k = load_tile(K, b, index, 0, h // GROUP, KEYS, D)
+        v = load_tile(V, b, index, 0, h // GROUP, KEYS, D)
+        scores = tl.dot(q, k.T, input_precision=DOT)                     # (ROWS, KEYS)
+        p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
         p *= (w * inverse)[:, None]
         out += tl.dot(p.to(v.dtype), v, input_precision=DOT)
-    store_rows(Out + ((b * Cq + c) * Sq * Hq + h) * D, rows, Sq, Hq * D, out, D)
+    store_tile(Out, part * B + b, c, row, h, out, ROWS, D)
 
 
 # Algorithm 2, first half: dQ and dw, with the forward kernel's grid and loop. Each program writes its own
@@ -144,132 +150,129 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Sq, Sk, Hq, group,
 # run.
 
 @jit
-def backward_q_kernel(Q, K, V, W, Index, DO, DQ, DW, scale, n_slot, Cq, Sq, Sk, Hq, group,
-                      q_b, q_c, q_s, q_h, k_b, k_c, k_s, k_h, v_b, v_c, v_s, v_h,
+def backward_q_kernel(Q, K, V, W, Index, DO, DQ, DW, scale, n_slot, Cq, Sq, Sk, Hq, GROUP: tl.constexpr,
                       D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
-                   DOT: tl.constexpr):
-    n_block = tl.cdiv(Sq, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    h, block, c, b = pid % Hq, pid // Hq % n_block, pid // (Hq * n_block) % Cq, pid // (Hq * n_block * Cq)
-    rows, keys = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS)
-    slots, here = (b * Cq + c) * n_slot, ((b * Cq + c) * Sq * Hq + h) * D
-    K += b * k_b + h // group * k_h
-    V += b * v_b + h // group * v_h
+                      DOT: tl.constexpr):
+    pid, n_block = tl.program_id(0), tl.cdiv(Sq, ROWS)
+    c, block, h, b = pid % Cq, pid // Cq % n_block, pid // (Cq * n_block) % Hq, pid // (Cq * n_block * Hq)
+    slots = (b * Cq + c).to(tl.int64) * n_slot
 
-    q = load_rows(Q + b * q_b + c * q_c + h * q_h, rows, Sq, q_s, D)
-    do = load_rows(DO + here, rows, Sq, Hq * D, D)
+    q = load_tile(Q, b, c, block * ROWS, h, ROWS, D)
+    do = load_tile(DO, b, c, block * ROWS, h, ROWS, D)
     dq = tl.zeros((ROWS, D), tl.float32)
     for slot in range(n_slot):
-        index = tl.load(Index + slots + slot).to(tl.int64)
-        n_key = tl.where(index < 0, 0, Sk)
+        index = tl.load(Index + slots + slot).to(tl.int32)
         w = tl.where(index < 0, 0.0, tl.load(W + slots + slot))
-        k = load_rows(K + index * k_c, keys, n_key, k_s, D)
-        v = load_rows(V + index * v_c, keys, n_key, v_s, D)
-        scores = tl.dot(q, tl.trans(k), input_precision=DOT)         # (ROWS, KEYS)
-        p, inverse = chunk_softmax(scores, scale, keys[None, :] < Sk, 1, ONE)
-        p *= inverse[:, None]
-        dp = tl.dot(do, tl.trans(v), input_precision=DOT)
-        delta = tl.sum(p * dp, 1)                                    # rowsum(dO * o_c)
-        ds = w * p * (dp - delta[:, None])
+        k = load_tile(K, b, index, 0, h // GROUP, KEYS, D)
+        v = load_tile(V, b, index, 0, h // GROUP, KEYS, D)
+        scores = tl.dot(q, k.T, input_precision=DOT)                     # (ROWS, KEYS)
+        dp = tl.dot(do, v.T, input_precision=DOT)
+        p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
+        delta = tl.sum(p * dp, 1) * inverse                              # rowsum(dO * o_c)
+        ds = p * ((dp - delta[:, None]) * (w * inverse)[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=DOT)
-        tl.store(DW + (slots + slot) * n_block * Hq + block * Hq + h, tl.sum(delta, 0))
-    store_rows(DQ + here, rows, Sq, Hq * D, dq * scale, D)
+        tl.store(DW + ((slots + slot) * n_block + block) * Hq + h, tl.sum(delta, 0))
+    store_tile(DQ, b, c, block * ROWS, h, dq * scale, ROWS, D)
 
 
-# Algorithm 2, second half: dK and dV of a chunk sum over every (query chunk, slot) that retrieved it. The
-# list of those pairs comes sorted by chunk (see retrieved_by). One program takes one segment of a chunk's
-# list, at most SEGMENT pairs, in one key/value head; a popular chunk thus has many programs. The first
-# segment writes to dK and dV, the others to float32 tiles of their own, which add_segments_kernel then adds
-# up in order.
+# Algorithm 2, second half: dK and dV of a chunk sum over every (query chunk, slot) that retrieved it. First,
+# the list of those pairs for each chunk (compressed sparse rows). One program makes one chunk's list: it
+# counts the slots that hold earlier chunks, which gives the list's place, then writes its own slots there, in
+# order. Every program reads all slots of its sequence; that is less work than it sounds (10 microseconds for
+# the paper's shape), and one launch where sorting takes nine.
 
 @jit
-def backward_kv_kernel(Q, K, V, W, DO, DK, DV, Extra, Item_chunk, First_item, Offsets, Pairs,
-                       scale, n_slot, n_item, n_extra, Cq, Ck, Sq, Sk, Hq, Hkv, group,
-                       q_b, q_c, q_s, q_h, k_b, k_c, k_s, k_h, v_b, v_c, v_s, v_h, D: tl.constexpr,
-                       ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr,
-                       SEGMENT: tl.constexpr):
-    pid = tl.program_id(0).to(tl.int64)
-    h, item, b = pid % Hkv, pid // Hkv % n_item, pid // (Hkv * n_item)
-    chunk = tl.load(Item_chunk + b * n_item + item).to(tl.int64)
-    if chunk < Ck:                                               # items beyond the last chunk's are unused
-        part = item - tl.load(First_item + b * (Ck + 1) + chunk)
-        start = tl.load(Offsets + b * (Ck + 1) + chunk) + part * SEGMENT
-        stop = tl.minimum(start + SEGMENT, tl.load(Offsets + b * (Ck + 1) + chunk + 1))
-        keys = tl.arange(0, KEYS)
-        k = load_rows(K + b * k_b + chunk * k_c + h * k_h, keys, Sk, k_s, D)
-        v = load_rows(V + b * v_b + chunk * v_c + h * v_h, keys, Sk, v_s, D)
+def retrieved_by_kernel(Index, Pairs, Offsets, n_pair, Ck, BLOCK: tl.constexpr):
+    chunk, b = tl.program_id(0) % (Ck + 1), (tl.program_id(0) // (Ck + 1)).to(tl.int64)
+    place = 0
+    for start in range(0, n_pair, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        index = tl.load(Index + b * n_pair + i, mask=i < n_pair, other=-1)
+        place += tl.sum(((index >= 0) & (index < chunk)).to(tl.int32), 0)
+    tl.store(Offsets + b * (Ck + 1) + chunk, place)
+    for start in range(0, n_pair, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mine = (tl.load(Index + b * n_pair + i, mask=i < n_pair, other=-1) == chunk).to(tl.int32)
+        tl.store(Pairs + b * n_pair + place + tl.cumsum(mine, 0) - 1, i, mask=mine == 1)
+        place += tl.sum(mine, 0)
+
+
+# Then one program computes dK and dV of one chunk in one key/value head, in a walk over the chunk's list. So
+# that popular chunks do not leave the GPU to a few programs, lists are cut wherever a multiple of SEGMENT
+# falls inside them. The start of a list writes to dK and dV; what follows a cut has a program and float32
+# tiles of its own, which add_cuts_kernel then adds up in order. Programs of cuts come first: they are the
+# long ones.
+
+@jit
+def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets, scale, n_slot, n_cut,
+                       B, Cq, Ck, Sq, Sk, Hkv, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                       KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr, SEGMENT: tl.constexpr):
+    pid, n_pair = tl.program_id(0), Cq * n_slot
+    is_cut = pid < n_cut * Hkv * B
+    n_item = tl.where(is_cut, n_cut, Ck)
+    pid -= tl.where(is_cut, 0, n_cut * Hkv * B)
+    item, h, b = pid % n_item, pid // n_item % Hkv, pid // (n_item * Hkv)
+    pairs = b * n_pair
+    Offsets += b * (Ck + 1)
+    if is_cut:
+        start = (item + 1) * SEGMENT
+        in_use = start < tl.load(Offsets + Ck)
+        pair = tl.load(Pairs + pairs + start, mask=in_use, other=0)
+        chunk = tl.load(Index + pairs + pair, mask=in_use, other=0).to(tl.int32)
+        in_use &= tl.load(Offsets + chunk) < start
+    else:
+        chunk, in_use = item, pid >= 0
+        start = tl.load(Offsets + chunk)
+    if in_use:
+        stop = min((start // SEGMENT + 1) * SEGMENT, tl.load(Offsets + chunk + 1))
+        k = load_tile(K, b, chunk, 0, h, KEYS, D)
+        v = load_tile(V, b, chunk, 0, h, KEYS, D)
         dk = tl.zeros((KEYS, D), tl.float32)
         dv = tl.zeros((KEYS, D), tl.float32)
-        n_block = tl.cdiv(Sq, ROWS)
-        for step in range(start * group * n_block, stop * group * n_block):
-            pair = tl.load(Pairs + b * Cq * n_slot + step // (group * n_block)).to(tl.int64)
-            head, rows = h * group + step % group, step // group % n_block * ROWS + tl.arange(0, ROWS)
-            w = tl.load(W + b * Cq * n_slot + pair)
-            c = pair // n_slot
-            q = load_rows(Q + b * q_b + c * q_c + head * q_h, rows, Sq, q_s, D)
-            do = load_rows(DO + ((b * Cq + c) * Sq * Hq + head) * D, rows, Sq, Hq * D, D)
-            scores = tl.dot(k, tl.trans(q), input_precision=DOT)     # (KEYS, ROWS)
-            p, inverse = chunk_softmax(scores, scale, keys[:, None] < Sk, 0, ONE)
-            p *= inverse[None, :]
-            dp = tl.dot(v, tl.trans(do), input_precision=DOT)
-            ds = w * p * (dp - tl.sum(p * dp, 0)[None, :])
-            dv += tl.dot((w * p).to(do.dtype), do, input_precision=DOT)
-            dk += tl.dot(ds.to(q.dtype), q, input_precision=DOT)
-        dk *= scale
-        if part == 0:
-            at = ((b * Ck + chunk) * Sk * Hkv + h) * D
-            store_rows(DK + at, keys, Sk, Hkv * D, dk, D)
-            store_rows(DV + at, keys, Sk, Hkv * D, dv, D)
-        else:                                                    # item - chunk - 1 such segments came before
-            at = ((b * n_extra + item - chunk - 1) * Hkv + h) * 2 * Sk * D
-            store_rows(Extra + at, keys, Sk, D, dk, D)
-            store_rows(Extra + at + Sk * D, keys, Sk, D, dv, D)
+        n_tile = tl.cdiv(Sq, ROWS) * GROUP                               # of the rows and heads of a pair
+        for step in range(start * n_tile, stop * n_tile):
+            pair = tl.load(Pairs + pairs + step // n_tile)
+            w = tl.load(W + pairs + pair)
+            c, row, head = pair // n_slot, step % n_tile // GROUP * ROWS, h * GROUP + step % GROUP
+            q = load_tile(Q, b, c, row, head, ROWS, D)
+            do = load_tile(DO, b, c, row, head, ROWS, D)
+            scores = tl.dot(q, k.T, input_precision=DOT)                 # (ROWS, KEYS)
+            dp = tl.dot(do, v.T, input_precision=DOT)
+            p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
+            delta = tl.sum(p * dp, 1) * inverse
+            p *= (w * inverse)[:, None]
+            dv += tl.dot(p.to(do.dtype).T, do, input_precision=DOT)
+            ds = p * (dp - delta[:, None])
+            dk += tl.dot(ds.to(q.dtype).T, q, input_precision=DOT)
+        if is_cut:
+            store_tile(CutK, b, item, 0, h, dk * scale, KEYS, D)
+            store_tile(CutV, b, item, 0, h, dv, KEYS, D)
+        else:
+            store_tile(DK, b, chunk, 0, h, dk * scale, KEYS, D)
+            store_tile(DV, b, chunk, 0, h, dv, KEYS, D)
 
 
 @jit
-def add_segments_kernel(DK, DV, Extra, First_item, n_extra, Ck, Sk, Hkv, D: tl.constexpr, KEYS: tl.constexpr):
-    """dK and dV of one chunk and head += its other segments, if it has any."""
-    pid = tl.program_id(0).to(tl.int64)
-    h, chunk, b = pid % Hkv, pid // Hkv % Ck, pid // (Hkv * Ck)
-    start = tl.load(First_item + b * (Ck + 1) + chunk) - chunk
-    stop = tl.load(First_item + b * (Ck + 1) + chunk + 1) - chunk - 1
-    if start < stop:
-        keys = tl.arange(0, KEYS)
-        at = ((b * Ck + chunk) * Sk * Hkv + h) * D
-        dk = load_rows(DK + at, keys, Sk, Hkv * D, D).to(tl.float32)
-        dv = load_rows(DV + at, keys, Sk, Hkv * D, D).to(tl.float32)
-        for i in range(start, stop):
-            tile = Extra + ((b * n_extra + i) * Hkv + h) * 2 * Sk * D
-            dk += load_rows(tile, keys, Sk, D, D)
-            dv += load_rows(tile + Sk * D, keys, Sk, D, D)
-        store_rows(DK + at, keys, Sk, Hkv * D, dk, D)
-        store_rows(DV + at, keys, Sk, Hkv * D, dv, D)
+def add_cuts_kernel(DK, DV, CutK, CutV, Offsets, Ck, Hkv, D: tl.constexpr, KEYS: tl.constexpr,
+                    SEGMENT: tl.constexpr):
+    """dK and dV of one chunk and head += the tiles of the cuts inside its list, if there are any."""
+    pid = tl.program_id(0)
+    chunk, h, b = pid % Ck, pid // Ck % Hkv, pid // (Ck * Hkv)
+    start, stop = tl.load(Offsets + b * (Ck + 1) + chunk), tl.load(Offsets + b * (Ck + 1) + chunk + 1)
+    first, last = start // SEGMENT, (stop - 1) // SEGMENT
+    if first < last:
+        dk = load_tile(DK, b, chunk, 0, h, KEYS, D).to(tl.float32)
+        dv = load_tile(DV, b, chunk, 0, h, KEYS, D).to(tl.float32)
+        for cut in range(first, last):
+            dk += load_tile(CutK, b, cut, 0, h, KEYS, D)
+            dv += load_tile(CutV, b, cut, 0, h, KEYS, D)
+        store_tile(DK, b, chunk, 0, h, dk, KEYS, D)
+        store_tile(DV, b, chunk, 0, h, dv, KEYS, D)
 
 
 # ---------------------------------------------------------------- FlashGCA: the host's side
 
-SEGMENT = 64        # pairs of a chunk's list for one program of backward_kv_kernel
-
-
-def retrieved_by(indices, Ck):
-    """Who retrieved each chunk, and which program of backward_kv_kernel takes which part of that list (CSR).
-
-    indices (B, Cq, K) -> pairs (B, Cq*K): the flat (query chunk, slot) pairs, sorted by retrieved chunk,
-    empty slots last; offsets (B, Ck+1): chunk c's are pairs[offsets[c]:offsets[c+1]]; first_item (B, Ck+1):
-    its work items, one a segment but at least one; item_chunk (B, n_item): the chunk of each item, Ck = item
-    not used.
-    """
-    def counting(n):
-        return torch.arange(n, device=indices.device).expand(len(indices), -1).contiguous()
-
-    flat = indices.flatten(1)
-    retrieved, pairs = torch.where(flat < 0, Ck, flat).sort(dim=1, stable=True)
-    offsets = torch.searchsorted(retrieved, counting(Ck + 1))
-    segments = ((offsets.diff() + SEGMENT - 1) // SEGMENT).clamp(min=1)
-    first_item = F.pad(segments.cumsum(1), (1, 0))
-    items = counting(Ck + flat.shape[1] // SEGMENT)                  # no list is so long that it needs more
-    item_chunk = torch.searchsorted(first_item[:, 1:].contiguous(), items, right=True)
-    return pairs, offsets, first_item, item_chunk
+SEGMENT = 64        # pairs between two cuts: the fewer, the more memory for the tiles of all possible cuts
 
 
 def tile_bytes(k):
@@ -278,66 +281,99 @@ def tile_bytes(k):
 
 
 def launch_options(q, k, softmax_one):
-    """Tile sizes and warps: a whole chunk of keys, and 64 query rows, or 16 beside the largest chunks."""
-    D, n_row = q.shape[-1], 64 if tile_bytes(k) < 65536 else 16
-    keys, rows = (max(16, triton.next_power_of_2(n)) for n in (k.shape[2], min(q.shape[2], n_row)))
-    dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"  # as torch's flag says: default float32
-    return dict(D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot, num_warps=8 if keys * D > 4096 else 4,
-                num_stages=1 if q.dtype == torch.float32 else 2)
+    """Tile sizes and warps: a whole chunk of keys; 64 query rows, or fewer where registers are short."""
+    D, exact, size = q.shape[-1], q.dtype == torch.float32, tile_bytes(k)
+    most = 16 if size == MAX_TILE else 32 if exact else 64
+    keys, rows = (max(16, triton.next_power_of_2(n)) for n in (k.shape[2], min(q.shape[2], most)))
+    dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"      # three products: as good as float32
+    return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot,
+                num_warps=8 if exact or size > 16384 else 4, num_stages=1 if exact or size > 16384 else 2)
 
 
-def sizes(q, k, weights):
-    """What kernels want to know: n_slot, Cq, Sq, Sk, Hq, Hq / Hkv."""
-    return weights.shape[2], q.shape[1], q.shape[2], k.shape[2], q.shape[3], q.shape[3] // k.shape[3]
+def aligned(*tensors):
+    """The tensors as descriptors want them: no gaps between heads, strides of multiples of 16 bytes."""
+    def fits(x):
+        steps = [s * x.element_size() for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+        heads = x.stride(4) == 1 and (x.stride(3) == x.shape[4] or x.shape[3] == 1)
+        return heads and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+    return [x if fits(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
 
 
-def unit_stride(*tensors):
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def descriptors(rows, *tensors):
+    """For tiles of `rows` rows of one chunk in one head; tensors (B, C, S, H, D), aligned."""
+    def strides(x):                             # of an axis of one element, torch allows any
+        return [step if n > 1 else 16 for step, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+
+    return [TensorDescriptor(x, [*x.shape[:3], x.shape[3] * x.shape[4]], [*strides(x), 1],
+                             [1, 1, rows, x.shape[4]]) for x in tensors]
 
 
-def strides(*tensors):
-    return [stride for x in tensors for stride in x.stride()[:4]]
+def n_parts(n_program, n_slot, device):
+    """Over how many programs to deal out the slots of a query block, so that the GPU is busy."""
+    if device.type != "cuda":
+        return 1
+    n_processor = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(n_slot, 2 * n_processor // n_program))
 
 
 @torch.library.custom_op("gca::forward", mutates_args=())
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
                   indices: torch.Tensor, softmax_one: bool, scale: float) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v = unit_stride(q, k, v)
+    if not (q.numel() and k.numel()):
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     options = launch_options(q, k, softmax_one)
-    B, Cq, Sq, Hq, _ = q.shape
-    grid = (B * Cq * Hq * -(-Sq // options["ROWS"]),)
-    if grid[0]:
-        forward_kernel[grid](q, k, v, weights.contiguous(), indices.contiguous(), out, scale,
-                             *sizes(q, k, weights), *strides(q, k, v), **options)
-    return out
+    (B, Cq, Sq, Hq, _), Sk, n_slot = q.shape, k.shape[2], weights.shape[2]
+    n_program = B * Cq * Hq * -(-Sq // options["ROWS"])
+    n_part = n_parts(n_program, n_slot, q.device)
+    dtype = q.dtype if n_part == 1 else torch.float32
+    out = torch.empty(n_part * B, *q.shape[1:], dtype=dtype, device=q.device)
+    q, k, v = aligned(q, k, v)
+    forward_kernel[(n_part * n_program,)](
+        *descriptors(options["ROWS"], q), *descriptors(options["KEYS"], k, v), weights.float().contiguous(),
+        indices.contiguous(), *descriptors(options["ROWS"], out), scale, n_slot, n_part, B, Cq, Sq, Sk, Hq,
+        **options)
+    return out if n_part == 1 else out.view(n_part, *q.shape).sum(0).to(q.dtype)
+
+
+def retrieved_by(indices, Ck):
+    """Who retrieved each chunk (CSR): indices (B, Cq, K) -> pairs (B, Cq * K), offsets (B, Ck + 1).
+
+    pairs[offsets[c]:offsets[c + 1]] are the flat (query chunk, slot) pairs that hold chunk c, in order.
+    """
+    B, n_pair = len(indices), indices[0].numel()
+    pairs, offsets = (torch.empty(B, n, dtype=torch.int32, device=indices.device) for n in (n_pair, Ck + 1))
+    block = min(4096, triton.next_power_of_2(n_pair))
+    retrieved_by_kernel[(B * (Ck + 1),)](indices, pairs, offsets, n_pair, Ck, BLOCK=block)
+    return pairs, offsets
 
 
 @torch.library.custom_op("gca::backward", mutates_args=())
 def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
                    indices: torch.Tensor, softmax_one: bool, scale: float
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    q, k, v = unit_stride(q, k, v)
-    do, weights, indices = do.contiguous(), weights.contiguous(), indices.contiguous()
+    if not (q.numel() and k.numel()):
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
     options = launch_options(q, k, softmax_one)
-    (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _) = q.shape, k.shape
-    n_block = -(-Sq // options["ROWS"])
-    dw = torch.zeros(*weights.shape, n_block * Hq, dtype=torch.float32, device=q.device)
-    if q.numel():
-        backward_q_kernel[(B * Cq * n_block * Hq,)](q, k, v, weights, indices, do, dq, dw, scale,
-                                                    *sizes(q, k, weights), *strides(q, k, v), **options)
-    if k.numel():
-        pairs, offsets, first_item, item_chunk = retrieved_by(indices, Ck)
-        n_item = item_chunk.shape[1]
-        extra = torch.empty(B, n_item - Ck, Hkv, 2, Sk, D, dtype=torch.float32, device=q.device)
-        backward_kv_kernel[(B * n_item * Hkv,)](
-            q, k, v, weights, do, dk, dv, extra, item_chunk, first_item, offsets, pairs, scale,
-            weights.shape[2], n_item, n_item - Ck, Cq, Ck, Sq, Sk, Hq, Hkv, Hq // Hkv, *strides(q, k, v),
-            SEGMENT=SEGMENT, **options)
-        if extra.numel():
-            add_segments_kernel[(B * Ck * Hkv,)](dk, dv, extra, first_item, n_item - Ck, Ck, Sk, Hkv, D=D,
-                                                 KEYS=options["KEYS"])
+    ROWS, KEYS = options["ROWS"], options["KEYS"]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    do, q, k, v = aligned(do, q, k, v)
+    w, indices = weights.float().contiguous(), indices.contiguous()
+    (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, weights.shape[2]
+    n_program, n_cut = B * Cq * Hq * -(-Sq // ROWS), (Cq * n_slot - 1) // SEGMENT
+    dw = torch.empty(B, Cq, n_slot, n_program // (B * Cq), dtype=torch.float32, device=q.device)
+    query, upstream, dquery = descriptors(ROWS, q, do, dq)
+    tiles = descriptors(KEYS, k, v)
+    backward_q_kernel[(n_program,)](query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq,
+                                    Sk, Hq, **options)
+    pairs, offsets = retrieved_by(indices, Ck)
+    cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
+    totals, parts = descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
+    backward_kv_kernel[(B * (n_cut + Ck) * Hkv,)](
+        query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_slot, n_cut, B, Cq, Ck,
+        Sq, Sk, Hkv, SEGMENT=SEGMENT, **options)
+    if n_cut:
+        add_cuts_kernel[(B * Ck * Hkv,)](*totals, *parts, offsets, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
     return dq, dk, dv, dw.sum(-1).to(weights.dtype)
 
 
@@ -360,7 +396,12 @@ def backward(ctx, do):
     return *flash_backward(do, *ctx.saved_tensors, ctx.softmax_one, ctx.scale), None, None, None
 
 
+def no_second_derivative(ctx, *grads):
+    raise RuntimeError("the kernels are differentiable once; for second derivatives use backend='reference'")
+
+
 flash_forward.register_autograd(backward, setup_context=save_inputs)
+flash_backward.register_autograd(no_second_derivative)
 
 
 # ---------------------------------------------------------------- the function to call
@@ -373,14 +414,19 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
     weights  (B, Cq, K) float32    retrieval weights
     indices  (B, Cq, K) int        chunks in [0, Ck), repeats allowed; -1 = empty slot, which adds nothing
     softmax_one                    softmax-off-by-one: 1 + sum in the denominator, so a row may take nothing
-    scale                          of the scores; default D ** -0.5
+    scale                          of the scores, positive; default D ** -0.5
     backend                        "triton", "reference" or "auto": triton for what it takes, on a GPU
     returns  (B, Cq, Sq, Hq, D) in q's dtype, differentiable in q, k, v and weights
 
-    Raises ValueError, naming the argument, for what does not fit; RuntimeError if the backend cannot run.
+    Under autocast, q, k and v are cast to its dtype, as for torch's own attention. Raises ValueError, naming
+    the argument, for what does not fit; RuntimeError if the backend cannot run.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     check_arguments(q, k, v, weights, indices, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive, got {scale}")
     fits = (triton and q.dtype in DTYPES and q.shape[-1] in HEAD_WIDTHS and k.shape[2] <= MAX_KEYS
             and tile_bytes(k) <= MAX_TILE)
     if backend == "reference" or backend == "auto" and not (q.is_cuda and fits):
@@ -433,12 +479,17 @@ def check_arguments(q, k, v, weights, indices, backend):
 
 # ---------------------------------------------------------------- check and benchmark: python gca.py
 
-def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, skew=0.0):
-    """Random arguments of gca(); skew > 0 draws chunks by Zipf's law, so that few are retrieved by most."""
+def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, retrieval="uniform"):
+    """Random arguments of gca(). retrieval: different chunks, all equally likely ("uniform") or by Zipf's law
+    ("skewed"), or uniform but for one slot of every query chunk, which holds chunk 0 ("worst")."""
     q, k, v = (torch.randn(B, C, S, H, D, device=device, dtype=dtype)
                for C, S, H in ((Cq, Sq, Hq), (Ck, Sk, Hkv), (Ck, Sk, Hkv)))
-    popularity = torch.arange(1, Ck + 1, device=device).double() ** -skew
-    indices = torch.multinomial(popularity.expand(B * Cq, Ck), K, replacement=True).view(B, Cq, K)
+    popularity = torch.arange(1, Ck + 1, device=device).double() ** -(retrieval == "skewed")
+    if retrieval == "worst":
+        popularity[0] = 0
+    indices = torch.multinomial(popularity.expand(B * Cq, Ck), K).view(B, Cq, K)
+    if retrieval == "worst":
+        indices[..., 0] = 0
     return q, k, v, torch.rand(B, Cq, K, device=device), indices
 
 
@@ -459,54 +510,156 @@ def check(device):
         print(f"{str(dtype)[6:]:9} relative error of out, dq, dk, dv, dweights:", *errors)
 
 
-def copied_sdpa(q, k, v, weights, indices):
-    """What one would do without a kernel: copy the chunks, then fused attention: one softmax."""
-    k, v = (retrieved_chunks(x, indices, q.shape[3]).flatten(2, 3) for x in (k, v))     # (B, Cq, K*Sk, Hq, D)
-    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+PAPER = dict(B=4, Cq=256, Sq=64, Hq=12, Hkv=12, D=64, Ck=256, Sk=64, K=8)       # of one layer, in training
+SHAPES = [("paper", PAPER | dict(retrieval=name)) for name in ("uniform", "skewed", "worst")] + [
+    ("GQA 16/4 x 128", PAPER | dict(Hq=16, Hkv=4, D=128)),
+    ("65,536 tokens", PAPER | dict(B=1, Cq=1024, Ck=1024)),
+    ("K 32", PAPER | dict(K=32)),
+    ("8 heads of 16", PAPER | dict(Hq=8, Hkv=8, D=16)),
+    ("8 heads of 32", PAPER | dict(Hq=8, Hkv=8, D=32)),
+    *((f"decode {rows} x {B}", PAPER | dict(B=B, Cq=1, Sq=rows)) for B in (1, 8, 64) for rows in (1, 64))]
 
 
-def benchmark():
-    """Forward and backward at the paper's shape: rows of numbers, ours last."""
-    shape = dict(B=4, Cq=256, Sq=64, Hq=12, Hkv=12, D=64, Ck=256, Sk=64, K=8)
-    flops = 4 * 4 * 256 * 64 * 12 * 8 * 64 * 64          # of the forward; the backward has 2.5 times them
+def copied(x, indices, n_head):
+    """The retrieved chunks of each query chunk as one sequence: (B * Cq, n_head, K * Sk, D)."""
+    return retrieved_chunks(x, indices, n_head).flatten(2, 3).flatten(0, 1).transpose(1, 2)
+
+
+def flex_attention_on_blocks(q, k, v, indices):
+    """A function of q, k and v: FlexAttention of each query chunk to its chunks, one softmax over all."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    (B, Cq, Sq, _, _), Ck, Sk = q.shape, k.shape[1], k.shape[2]
+    blocks = F.pad(indices, (0, Ck - indices.shape[2])).int()[:, None]
+    count = torch.full((B, 1, Cq), indices.shape[2], dtype=torch.int32, device=q.device)
+    mask = BlockMask.from_kv_blocks(count * 0, blocks, count, blocks, BLOCK_SIZE=(Sq, Sk))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_M1=32, BLOCK_N1=64, BLOCK_M2=64, BLOCK_N2=32)
+    return lambda *qkv: compiled(*(x.flatten(1, 2).transpose(1, 2) for x in qkv), block_mask=mask,
+                                 enable_gqa=True, kernel_options=tiles)
+
+
+def contenders(q, k, v, weights, indices):
+    """name, function and leaves of each way to compute this, or, with one softmax over all, as much."""
+    heads, sdpa = q.shape[3], F.scaled_dot_product_attention
+    in_chunks = q.detach().flatten(0, 1).transpose(1, 2).requires_grad_()
+    copies = [copied(x.detach(), indices, heads).requires_grad_() for x in (k, v)]
+    yield "SDPA, copied before", sdpa, (in_chunks, *copies)
+    del in_chunks, copies
+    yield "reference", lambda *x: gca_reference(*x, indices), (q, k, v, weights)
+    if q.shape[1] > 1:                          # the compiler takes its time: not for every decoding shape
+        compiled = torch.compile(gca_reference, dynamic=False)
+        yield "compiled reference", lambda *x: compiled(*x, indices), (q, k, v, weights)
+    yield "copy + SDPA", lambda q, k, v: sdpa(q.flatten(0, 1).transpose(1, 2), copied(k, indices, heads),
+                                              copied(v, indices, heads)), (q, k, v)
+    if q.shape[1] > 1:
+        yield "FlexAttention", flex_attention_on_blocks(q, k, v, indices), (q, k, v)
+    yield "FlashGCA", lambda *x: gca(*x, indices), (q, k, v, weights)
+
+
+def measure(function, leaves, backward):
+    """Median milliseconds, forward and backward, and MiB beyond inputs, output and gradients at the peak."""
+    if not backward:                            # microseconds of work: without the time to launch it
+        with torch.no_grad():
+            return dict(forward_ms=triton.testing.do_bench_cudagraph(partial(function, *leaves),
+                                                                     return_mode="median"))
+    upstream = torch.randn_like(function(*leaves))
+
+    def gradients():
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    gradients()                                 # compile
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = sum(x.numel() * x.element_size() for x in gradients())
+    extra = torch.cuda.max_memory_allocated() - before - kept
+    out = function(*leaves)
+    ms_back = triton.testing.do_bench(partial(torch.autograd.grad, out, leaves, upstream, retain_graph=True),
+                                      return_mode="median")
+    with torch.no_grad():
+        ms = triton.testing.do_bench(partial(function, *leaves), return_mode="median")
+    return dict(forward_ms=ms, backward_ms=ms_back, extra_mib=extra / 2 ** 20)
+
+
+def compare(name, shape, peak):
+    """One row for each contender; ours has the ratio to the best of the others, forward + backward."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False          # or the compiled backward could run only once
+    *floats, indices = random_inputs("cuda", torch.bfloat16, **shape)
+    backward = shape["Cq"] > 1
+    flops = 4 * shape["B"] * shape["Cq"] * shape["Sq"] * shape["Hq"] * shape["K"] * shape["Sk"] * shape["D"]
+    best = float("inf")
+    for contender, function, leaves in contenders(*(x.requires_grad_(backward) for x in floats), indices):
+        try:
+            row = measure(function, leaves, backward)
+        except RuntimeError as error:           # out of memory, or not for this shape
+            print(f"{name}, {contender}: {str(error).splitlines()[0][:100]}")
+            continue
+        total = row["forward_ms"] + row.get("backward_ms", 0)
+        row["forward_share"] = 100 * flops / row["forward_ms"] / peak
+        if backward:
+            row["backward_share"] = 250 * flops / row["backward_ms"] / peak
+        if contender == "FlashGCA":
+            row["ratio"] = best / total
+        elif contender != "SDPA, copied before":
+            best = min(best, total)
+        yield dict(shape=name, retrieval=shape.get("retrieval", "uniform"), contender=contender) | row
+
+
+def benchmark(shapes):
+    """Rows of numbers, printed as they come. Shares are of the measured bf16 matrix product, in percent."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    peak = 2 * 8192 ** 3 / triton.testing.do_bench(lambda: a @ b, return_mode="median")   # FLOP a millisecond
+    print(f"{torch.cuda.get_device_name()}, bf16; matrix product: {peak / 1e9:.0f} TFLOP/s")
+    columns = ("forward_ms", "backward_ms", "forward_share", "backward_share", "extra_mib", "ratio")
+    print(f"{'shape':16}{'retrieval':10}{'contender':20}", *(f"{column:>14}" for column in columns))
     rows = []
-    for retrieval, skew in (("uniform", 0.0), ("skewed", 1.0)):
-        *floats, indices = random_inputs("cuda", torch.bfloat16, **shape, skew=skew)
-        leaves = [x.requires_grad_() for x in floats]
-        for name, function in (("reference", gca_reference), ("copy + SDPA", copied_sdpa), ("FlashGCA", gca)):
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            out = function(*leaves, indices)
-            upstream, used = torch.randn_like(out), leaves if name != "copy + SDPA" else leaves[:3]
-            backward = partial(torch.autograd.grad, out, used, upstream, retain_graph=True)
-            backward()
-            extra = torch.cuda.max_memory_allocated() - before
-            with torch.no_grad():
-                ms = triton.testing.do_bench(partial(function, *leaves, indices), return_mode="median")
-            ms_back = triton.testing.do_bench(backward, return_mode="median")
-            rows.append(dict(retrieval=retrieval, implementation=name, forward_ms=ms, backward_ms=ms_back,
-                             forward_tflops=flops / ms / 1e9, backward_tflops=2.5 * flops / ms_back / 1e9,
-                             extra_mib=extra / 2 ** 20))
-            out = backward = None
+    for name, shape in shapes:
+        for row in compare(name, shape, peak):
+            rows.append(row)
+            values = (f"{row[column]:14.3f}" if column in row else " " * 14 for column in columns)
+            print(f"{name:16}{row['retrieval']:10}{row['contender']:20}", *values, flush=True)
     return rows
+
+
+def plot(path):
+    """Forward + backward time by K and by context length."""
+    import matplotlib.pyplot as plt
+    sweeps = [("chunks retrieved, K", [(K, PAPER | dict(B=1, K=K)) for K in (1, 2, 4, 8, 16, 32, 64)]),
+              ("tokens of context", [(64 * C, PAPER | dict(B=1, Cq=C, Ck=C)) for C in (64, 256, 1024, 4096)])]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, (label, points) in zip(axes, sweeps, strict=True):
+        rows = benchmark([(str(x), shape) for x, shape in points])
+        for name in ("reference", "compiled reference", "copy + SDPA", "FlexAttention", "FlashGCA"):
+            mine = [row for row in rows if row["contender"] == name]
+            axis.loglog([int(row["shape"]) for row in mine],
+                        [row["forward_ms"] + row["backward_ms"] for row in mine], "o-", label=name)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="forward + backward, ms")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Check FlashGCA against the reference; on a GPU, time it.")
     parser.add_argument("--json", type=Path, help="write the benchmark's rows to this file")
+    parser.add_argument("--plot", type=Path, help="draw time by K and by length instead (needs matplotlib)")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     args = parser.parse_args()
+    for name, path in (("--json", args.json), ("--plot", args.plot)):
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"{name}: no folder {path.parent} to write {path.name} to")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     if triton is None:
         return print("Nothing to check: triton is not installed (Linux: pip install triton).")
     check("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
         return print("No GPU: the check alone, in Triton's interpreter. There is nothing to time.")
-    rows = benchmark()
-    print(f"{torch.cuda.get_device_name()}, bf16, 4 x 256 chunks of 64, 12 heads of 64, K 8")
-    print(*(f"{name:>16}" for name in rows[0]))
-    for row in rows:
-        print(*(f"{x:16.2f}" if isinstance(x, float) else f"{x:>16}" for x in row.values()))
+    if args.plot:
+        return plot(args.plot)
+    rows = benchmark(SHAPES)
     if args.json:
         report = dict(hardware=torch.cuda.get_device_name(), rows=rows)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
