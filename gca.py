@@ -285,7 +285,7 @@ def launch_options(q, k, softmax_one):
     D, exact, size = q.shape[-1], q.dtype == torch.float32, tile_bytes(k)
     most = 16 if size == MAX_TILE else 32 if exact else 64
     keys, rows = (max(16, triton.next_power_of_2(n)) for n in (k.shape[2], min(q.shape[2], most)))
-    dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"      # three products: as good as float32
+    dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"      # three products: like float32
     return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot,
                 num_warps=8 if exact or size > 16384 else 4, num_stages=1 if exact or size > 16384 else 2)
 

@@ -51,7 +51,7 @@ class TrainConfig:
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
-                start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=4000, lr=2e-3,
+                start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=2400, lr=2e-3,
                 lm_weight=0.1),
 }
 FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]  # the corpus has that
