@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from data import EVALUATION, NeedleTask, Parser, load_corpus, needle_batch
-from model import SEGMENT, Memory, load_checkpoint
+from model import Memory, load_checkpoint
 
 
 def pick_device(name):
@@ -62,7 +62,7 @@ def niah_length(model, text, task, length, questions, seed, device):
     rng = np.random.default_rng([EVALUATION, seed, length])
     questions = questions or default_questions(length, task.n_needle, device)
     contexts = -(-questions // task.n_needle)
-    batch = max(1, min(contexts, SEGMENT[device.type] // length))
+    batch = max(1, min(contexts, model.segment(1) // length))
     hits, seconds = [], 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -70,8 +70,7 @@ def niah_length(model, text, task, length, questions, seed, device):
         tokens, answers, at = map(torch.from_numpy, needle_batch(text, task, rng, batch, length))
         tokens, at = tokens.to(device), at.to(device)
         if i == 0 and device.type == "cuda":                    # compile before the clock runs
-            model.read(tokens[:, :4 * SEGMENT["cuda"]], Memory(model, batch))
-            torch.cuda.synchronize()
+            warm_up(model, tokens)
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model.read(tokens, Memory(model, batch, capacity=length), at)
@@ -82,6 +81,15 @@ def niah_length(model, text, task, length, questions, seed, device):
                 token_accuracy=100 * hits.mean().item(), exact_match=100 * hits.all(1).double().mean().item(),
                 seconds=seconds, tokens_per_second=-(-contexts // batch) * batch * length / seconds,
                 **peak_memory(device))
+
+
+def warm_up(model, tokens):
+    """Compile what reading these tokens takes: whole segments, and the last one."""
+    size = model.segment(len(tokens))
+    with torch.autocast("cuda", torch.bfloat16):
+        model.read(tokens[:, :min(2, tokens.shape[1] // size) * size + tokens.shape[1] % size],
+                   Memory(model, len(tokens)), "last")
+    torch.cuda.synchronize()
 
 
 def default_questions(length, n_needle, device):

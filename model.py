@@ -15,7 +15,6 @@ Symbols, the same throughout the repository:
     N positions of the token stream with its landmarks: chunk c is positions c*S .. c*S + S-1, landmark last
 """
 import math
-import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gca import gca
+from memory import Memory, save_atomically
 
 
 @dataclass
@@ -171,12 +171,12 @@ class SelfAttention(nn.Module):
         return qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
 
     def forward(self, x, past=None):
-        """Causal, sliding window. past: (k, v) of the positions before x; returns out and the new past."""
+        """Causal, sliding window. past: (k, v) of the W positions before x; returns out, and k and v."""
         q, k, v = self.heads(x)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         out = window_attention(q, k, v, self.window, self.slopes)
-        return self.out(out.transpose(1, 2).flatten(2)), (k[:, :, -self.window:], v[:, :, -self.window:])
+        return self.out(out.transpose(1, 2).flatten(2)), (k, v)
 
     def inside(self, x):
         """Bidirectional, over all of x: the chunk encoder calls it with chunks as the batch."""
@@ -208,11 +208,31 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, grid, k, v, weights, indices):
-        """x (B, N, d): the rows of each chunk of the grid attend to the K chunks retrieved for it."""
+    def forward(self, x, grid, weights, pages, indices, ready=None):
+        """x (B, N, d): the rows of each chunk of the grid attend to the K chunks retrieved for it.
+
+        weights, indices (B, C, K); the chunks are in pages of k and v, once `ready` (a CUDA event) is.
+        """
         q = grid.to_chunks(self.query(x).unflatten(-1, (self.n_head, -1)))              # (B, C, S, H, D)
-        out = gca(q, k, v, weights, indices, self.softmax_one)
+        if ready:
+            ready.wait()
+        out = attend(q, pages, weights, indices, self.softmax_one)
         return self.out(grid.to_stream(out).flatten(2))
+
+
+def attend(q, pages, weights, indices, softmax_one):
+    """gca() over chunks in several pages, [(k, v)]: its sum over chunks is a sum over pages."""
+    B = len(q)
+    if len(pages[0][0]) < B:                       # one page for the whole batch, as if it were one sequence
+        q, weights, indices = (x.flatten(0, 1)[None] for x in (q, weights, indices))
+    out, first = [], 0
+    for k, v in pages:
+        here = indices
+        if len(pages) > 1:
+            here = torch.where((indices >= first) & (indices < first + k.shape[1]), indices - first, -1)
+        out.append(gca(q, k, v, weights, here, softmax_one))
+        first += k.shape[1]
+    return sum(out[1:], out[0]).view(B, -1, *q.shape[2:])
 
 
 class Block(nn.Module):
@@ -296,67 +316,54 @@ class Grid:
         return self.to_chunks(x)[:, :, :-1].flatten(1, 2)[:, self.offset:self.offset + self.n]
 
 
-SEGMENT = dict(cpu=2 ** 14, cuda=2 ** 16)   # tokens that DRT.read takes at once, and
+SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream that DRT.read takes at once, and
 MAX_SCORES = 2 ** 26                # retrieval scores held at once: both bound the memory of reading
+GROUP = 64                          # scores of which the best stands for all, at first
 
 
 def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
     """Causal retrieval (Sec. 3): for each chunk t the K strictly earlier chunks that score highest.
 
-    query (B, n, d): chunks first .. first+n-1 at their landmarks; landmarks (B, M, d): every chunk's l_c.
-    Scores r_t,c = q_t . l_c / sqrt(d). Gumbel noise takes part in the ranking alone: the weights are the
-    softmax of the noiseless scores. Returns weights and indices (B, n, K), index -1 where a slot is empty.
+    query (B, n, d): chunks first .. first+n-1 at their landmarks; landmarks: every chunk's l_c in order, as a
+    list of (B, M, d). Scores r_t,c = q_t . l_c / sqrt(d). Gumbel noise takes part in the ranking alone: the
+    weights are the softmax of the noiseless scores. Returns weights and indices (B, n, K), index -1 where a
+    slot is empty. Scores are computed a block at a time; the best K so far compete with each block's best K.
     """
-    weights, indices = [], []
-    for q in query.split(max(1, MAX_SCORES // max(1, query.shape[0] * landmarks.shape[1])), dim=1):
-        n, M = q.shape[1], min(first + q.shape[1], landmarks.shape[1])
-        scores = q @ landmarks[:, :M].mT * q.shape[-1] ** -0.5                         # (B, n, M)
+    t = torch.arange(first, first + query.shape[1], device=query.device)[:, None]
+    size, start = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1])), 0
+    best = [query.new_empty(*query.shape[:2], 0)] * 2 + [t.new_empty(*query.shape[:2], 0)]
+    for block in (block for page in landmarks for block in page.split(size, dim=1)):
+        scores = query @ block.float().mT * query.shape[-1] ** -0.5                    # (B, n, M)
         if random:
             scores = torch.zeros_like(scores)
-        t = torch.arange(first, first + n, device=q.device)[:, None]
-        ranking = scores.masked_fill(torch.arange(M, device=q.device) >= t, float("-inf"))
+        chunk = torch.arange(start, start + block.shape[1], device=query.device)
+        ranking = scores.detach().masked_fill(chunk >= t, float("-inf"))
         if gumbel or random:
-            ranking = ranking - torch.empty_like(scores).exponential_().log()
-        chosen = ranking.detach().topk(min(top_k, M)).indices
-        empty = chosen >= t                                                         # fewer than K are earlier
-        weight = scores.gather(-1, chosen).masked_fill(empty, torch.finfo(scores.dtype).min).softmax(-1)
-        pad = (0, top_k - chosen.shape[-1])
-        weights.append(F.pad(weight.masked_fill(empty, 0), pad))
-        indices.append(F.pad(chosen.masked_fill(empty, -1), pad, value=-1))
-        first += n
-    return torch.cat(weights, dim=1), torch.cat(indices, dim=1)
+            ranking = ranking - torch.empty_like(ranking).exponential_().log()
+        chosen = top(ranking, top_k)
+        candidates = ranking.gather(-1, chosen), scores.gather(-1, chosen), chosen + start
+        ranking, *rest = (torch.cat(pair, dim=-1) for pair in zip(best, candidates, strict=True))
+        ranking, order = ranking.topk(min(top_k, ranking.shape[-1]))
+        best = [ranking, *(x.gather(-1, order) for x in rest)]
+        start += block.shape[1]
+    _, scores, indices = (F.pad(x, (0, top_k - x.shape[-1])) for x in best)
+    empty = F.pad(best[0], (0, top_k - best[0].shape[-1]), value=float("-inf")) == float("-inf")
+    weights = scores.masked_fill(empty, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(empty, 0), indices.masked_fill(empty, -1)
 
 
-class Memory:
-    """All that reading leaves behind, so that DRT.read can continue: a window of fixed size, and the chunks.
+def top(x, k):
+    """Indices of the k largest along the last axis (of all, if there are fewer).
 
-    batch_size sequences are read side by side. capacity: tokens to make room for; whenever the chunks outgrow
-    their room, it doubles.
+    Of many numbers, first the k groups with the largest maxima: no other group can hold one of the k largest.
     """
-
-    def __init__(self, model, batch_size=1, capacity=None):
-        config = model.config
-        self.length = 0                                     # text tokens read so far
-        self.chunks = 0                                     # whole chunks among them
-        self.capacity = -(-capacity // (config.chunk_size - 1)) if capacity else 0
-        self.window = [None] * config.n_layer               # each layer's (k, v) of the last W positions
-        self.unfinished = None                              # (B, <S, d) lower decoder's output, last chunk
-        self.buffers = None                                 # landmarks (B, M, d); k, v (B, M, S-1, Hkv, D)
-        no_slot = torch.zeros(batch_size, 1, config.top_k, device=model.embedding.weight.device)
-        self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group  # weights, indices for the last chunk
-
-    def append(self, *new):
-        """Store whole chunks' landmarks, k and v, (B, C, ...) each; return all that is stored, as views."""
-        total = self.chunks + new[0].shape[1]
-        if self.buffers is None or total > self.buffers[0].shape[1]:
-            room = max(total, self.capacity, 2 * self.chunks)
-            old, self.buffers = self.buffers, [x.new_empty(x.shape[0], room, *x.shape[2:]) for x in new]
-            for stored, buffer in zip(old or [], self.buffers, strict=bool(old)):
-                buffer[:, :self.chunks] = stored[:, :self.chunks]
-        for x, buffer in zip(new, self.buffers, strict=True):
-            buffer[:, self.chunks:total] = x
-        self.chunks = total
-        return [buffer[:, :total] for buffer in self.buffers]
+    if x.shape[-1] < 64 * GROUP:
+        return x.topk(min(k, x.shape[-1])).indices
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP), value=float("-inf")).unflatten(-1, (-1, GROUP))
+    group = groups.amax(-1).topk(min(k, groups.shape[-2])).indices                     # (.., k)
+    inside = groups.gather(-2, group[..., None].expand(*group.shape, GROUP)).flatten(-2)
+    best = inside.topk(k).indices
+    return group.gather(-1, best // GROUP) * GROUP + best % GROUP
 
 
 # ---------------------------------------------------------------- the model
@@ -399,79 +406,185 @@ class DRT(nn.Module):
     def read(self, tokens, memory, at=None):
         """Continue reading from where the memory stands, by any number of tokens; logits as in forward.
 
-        A long text is read in segments, so that all memory but the chunks' is bounded.
+        tokens (B, n); at: as in forward, or "last": the logits after the last token alone, (B, vocab_size).
+        A long text is read in segments, so that all memory but the chunks' is bounded. ValueError if memory
+        and tokens do not go together; whatever goes wrong leaves the memory as it was.
         """
-        segment = max(1, SEGMENT[tokens.device.type] // len(tokens))
-        pieces = tokens.split(segment, dim=1)
+        memory.check(self, tokens)
+        before = memory.snapshot()
+        try:
+            return self.read_segments(tokens, memory, at)
+        except BaseException:
+            memory.restore(before)
+            raise
+
+    def read_segments(self, tokens, memory, at):
+        size = self.segment(len(tokens))
+        pieces = tokens.split(size, dim=1)
+        if isinstance(at, str):
+            for piece in pieces:
+                hidden = self.hidden(piece, memory)[:, -1]
+            return self.head(hidden)
         if at is None:
             return self.head(torch.cat([self.hidden(piece, memory) for piece in pieces], dim=1))
-        marks = at.split(segment, dim=1)
+        marks = at.split(size, dim=1)
         hidden = torch.cat([self.hidden(x, memory)[mark] for x, mark in zip(pieces, marks, strict=True)])
         rows = torch.cat([mark.nonzero()[:, 0] for mark in marks])
         return self.head(hidden[rows.argsort(stable=True)])                 # segment by segment -> row by row
+
+    def segment(self, batch_size):
+        """Tokens of each sequence that read() takes at once: whole chunks, so that all segments are alike."""
+        text = self.config.chunk_size - 1
+        size = SEGMENT[self.embedding.weight.device.type] // (batch_size * self.config.n_embd)
+        return max(1, size // text) * text
 
     def head(self, hidden):
         return F.linear(hidden, self.embedding.weight)
 
     def hidden(self, tokens, memory=None):
         """The data flow of Sec. 3: tokens (B, n) -> last layer's output, normalized (B, n, d)."""
-        past = memory.window if memory else [None] * self.config.n_layer
         grid = Grid(self.config.chunk_size, memory.length if memory else 0, tokens.shape[1])
         x = self.embedding(tokens)
         if memory:
             memory.length += grid.n
         if not self.groups:
-            return self.norm(self.decode(self.lower, x, past))
+            return self.norm(self.decode(self.lower, x, memory))
         x = grid.insert_landmarks(x, self.landmark)                            # (B, N, d)
-        x = self.decode(self.lower, x, past)
-        landmarks, k, v = self.encode(x, grid, memory)                         # of every chunk read so far
+        x = self.decode(self.lower, x, memory)
+        chunks = self.encode(x, grid, memory)
         for g, layers in enumerate(self.groups):
-            retrieved = self.retrieve(g, x, landmarks, grid, memory)
-            x = self.decode(layers, x, past, (grid, k, v, *retrieved))
+            retrieved = self.retrieve(g, x, chunks, grid, memory)
+            x = self.decode(layers, x, memory, (grid, *retrieved))
         return grid.text(self.norm(x))
 
-    def decode(self, layers, x, past, retrieved=None):
-        """Run decoder layers (a range) over the stream, each continuing from its past (k, v), if any."""
+    def decode(self, layers, x, memory, retrieved=None):
+        """Run decoder layers (a range) over the stream, each continuing from its window in memory, if any."""
         for i in layers:
-            x, past[i] = self.layers[i](x, past[i], retrieved)
+            x, kv = self.layers[i](x, memory.window[i] if memory else None, retrieved)
+            if memory:                                         # a copy: a slice would keep the whole stream's
+                memory.window[i] = tuple(y[:, :, -self.config.window:].contiguous() for y in kv)
         return x
 
     def encode(self, x, grid, memory):
-        """Landmarks and keys/values of the chunks that this stream completes, behind those in memory."""
-        if memory and memory.unfinished is not None:
-            x = torch.cat([memory.unfinished, x], dim=1)
-        whole, rest = x.split([grid.whole * grid.S, x.shape[1] - grid.whole * grid.S], dim=1)
-        encoded = self.encoder(whole.unflatten(1, (grid.whole, grid.S)))
-        if not memory:
-            return encoded
-        memory.unfinished = rest
-        return memory.append(*encoded)
-
-    def retrieve(self, g, x, landmarks, grid, memory):
-        """Group g's weights and indices for every chunk of the grid: landmark t retrieves for chunk t + 1."""
-        config, explore = self.config, self.config.gumbel and self.training
-        with torch.autocast(x.device.type, enabled=False):                     # ranking needs full precision
-            weights, indices = retrieve(self.query_norms[g](grid.landmarks(x).float()), landmarks.float(),
-                                        grid.first, config.top_k, explore, config.retriever == "random")
-        before = memory.serving[g] if memory else (weights.new_zeros(len(x), 1, config.top_k),
-                                                   indices.new_full((len(x), 1, config.top_k), -1))
-        weights, indices = torch.cat([before[0], weights], dim=1), torch.cat([before[1], indices], dim=1)
+        """The chunks that this stream completes: their (landmarks, k, v), which memory gets, if any."""
         if memory:
-            memory.serving[g] = weights[:, -1:], indices[:, -1:]
-        return weights[:, :grid.chunks], indices[:, :grid.chunks]
+            x = torch.cat([memory.unfinished, x], dim=1) if memory.unfinished is not None else x
+            memory.unfinished = x[:, grid.whole * grid.S:].contiguous()
+            if not grid.whole and memory.pages:
+                return None
+        chunks = self.encoder(x[:, :grid.whole * grid.S].unflatten(1, (grid.whole, grid.S)))
+        if memory:
+            memory.append(*chunks)
+        return chunks
+
+    def retrieve(self, g, x, chunks, grid, memory):
+        """Group g's retrieved chunks for every chunk of the grid: landmark t retrieves for chunk t + 1.
+
+        Returns what CrossAttention takes: weights (B, C, K), pages of chunks, indices (B, C, K), event.
+        """
+        config, explore = self.config, self.config.gumbel and self.training
+        no_slot = x.new_zeros(len(x), 1, config.top_k, dtype=torch.float32)
+        served = memory.serving[g] if memory else (no_slot, no_slot.long() - 1)
+        if grid.whole:
+            landmarks = memory.landmarks() if memory else chunks[:1]
+            with torch.autocast(x.device.type, enabled=False):                 # ranking needs full precision
+                new = retrieve(self.query_norms[g](grid.landmarks(x)).float(), landmarks, grid.first,
+                               config.top_k, explore, config.retriever == "random")
+            served = [torch.cat(pair, dim=1) for pair in zip(served, new, strict=True)]
+            if memory:
+                memory.serving[g] = tuple(y[:, -1:].contiguous() for y in served)
+            served = [y[:, :grid.chunks] for y in served]
+        weights, indices = served
+        pages, indices, ready = memory.serve(g, indices) if memory else ([chunks[1:]], indices, None)
+        return weights, pages, indices, ready
+
+    # ------------------------------------------------------------ generation
+
+    def generate(self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), pad=0,
+                 memory=None, offload=False):
+        """Yield the tokens that follow each prompt, (B,) at a time; -1 for a sequence that has ended.
+
+        prompt          (B, n) tokens, or a list of B prompts of different lengths
+        temperature     0: always the likeliest token; otherwise torch.manual_seed makes it repeatable
+        top_k, top_p    sample among the k likeliest; among the likeliest that hold top_p of the probability
+        stop            tokens that end a sequence (they are yielded)
+        memory          what was read before the prompt; it reads prompt and answer too: fork() to keep it
+        offload         as in Memory, where memory is None
+
+        A prompt is padded on the left, with token `pad`, so that its last token opens a chunk: all of the
+        question lies in chunks whose landmarks have retrieved when the first new token is predicted.
+        """
+        device, how = self.embedding.weight.device, (temperature, top_k, top_p)
+        prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
+        check_generation(prompts, self.config.vocab_size, max_new_tokens, *how, stop, pad)
+        text, length = self.config.chunk_size - 1, memory.length if memory else 0
+        padded = [F.pad(row, ((1 - length - len(row)) % text, 0), value=pad) for row in prompts]
+        batches = {}                        # sequences of one length are read and decoded side by side
+        for i, row in enumerate(padded):
+            batches.setdefault(len(row), []).append(i)
+        if memory and len(batches) > 1:
+            raise ValueError("prompts that continue a memory must have the same length in chunks")
+        runs = []
+        for rows in batches.values():
+            own = memory or Memory(self, len(rows), offload)
+            tokens = torch.stack([padded[i] for i in rows])
+            own.check(self, tokens)
+            runs.append((rows, tokens, own))
+        return self.decode_batches(runs, len(prompts), max_new_tokens, how, stop)
+
+    @torch.no_grad()
+    def decode_batches(self, runs, n_prompt, max_new_tokens, how, stop):
+        """generate()'s loop; runs: (which prompts, the tokens to read next, memory) of each batch."""
+        device = self.embedding.weight.device
+        stop, ended = torch.tensor(stop, device=device), torch.full((n_prompt,), False, device=device)
+        for _ in range(max_new_tokens):
+            new = torch.full((n_prompt,), -1, device=device)
+            for i, (rows, tokens, memory) in enumerate(runs):
+                token = sample(self.read(tokens, memory, "last"), *how)
+                new[rows], runs[i] = token, (rows, token[:, None], memory)
+            yield new.masked_fill(ended, -1)
+            if len(stop):
+                ended |= torch.isin(new, stop)
+                if ended.all():
+                    return
+
+
+def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad):
+    if not prompts or any(row.dim() != 1 or not len(row) for row in prompts):
+        raise ValueError("prompt must be (B, n) tokens, or a list of sequences, none of them empty")
+    ids = torch.cat([*prompts, torch.tensor([pad, *stop], device=prompts[0].device)])
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0].item()
+        raise ValueError(f"prompt, stop and pad must be token ids in [0, {vocab_size}), got {wrong}")
+    for name, value, fits, wanted in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+            ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]")):
+        if not fits:
+            raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def sample(logits, temperature, top_k=None, top_p=None):
+    """Draw one token for each row of logits (B, vocab_size) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        beyond = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(beyond, float("-inf"))
+    return logits.softmax(-1).multinomial(1)[:, 0]
 
 
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, **state):
-    """Write model and state atomically: a kill at any moment leaves the old checkpoint or the new, whole."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(dict(config=asdict(model.config), model=model.state_dict(), **state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Write model and state, atomically."""
+    save_atomically(path, dict(config=asdict(model.config), model=model.state_dict(), **state))
 
 
 def load_checkpoint(path, device):

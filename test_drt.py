@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import model as model_module  # noqa: I001
 import train as train_module
 from data import NeedleTask, decode_bytes, encode_bytes, load_corpus, needle_batch
+from memory import ChunkCache, Page
 from model import (
     DRT,
     DRTConfig,
@@ -28,6 +29,7 @@ from model import (
     dense_attention,
     load_checkpoint,
     retrieve,
+    sample,
     save_checkpoint,
     window_attention,
 )
@@ -78,7 +80,7 @@ def test_alibi_slopes():
 def test_a_chunk_retrieves_the_best_strictly_earlier_chunks():
     torch.manual_seed(0)
     query, landmarks = torch.randn(2, 9, 8), torch.randn(2, 9, 8)
-    weights, indices = retrieve(query, landmarks, 0, 3)
+    weights, indices = retrieve(query, [landmarks], 0, 3)
     for b in range(2):
         for t in range(9):
             scores = landmarks[b, :t] @ query[b, t] / math.sqrt(8)
@@ -91,8 +93,8 @@ def test_a_chunk_retrieves_the_best_strictly_earlier_chunks():
 def test_gumbel_noise_changes_the_choice_but_not_the_weights():
     torch.manual_seed(0)
     query, landmarks = torch.randn(1, 40, 8), torch.randn(1, 40, 8)
-    _, quiet = retrieve(query, landmarks, 0, 4)
-    weights, indices = retrieve(query, landmarks, 0, 4, gumbel=True)
+    _, quiet = retrieve(query, [landmarks], 0, 4)
+    weights, indices = retrieve(query, [landmarks], 0, 4, gumbel=True)
     assert (indices[0, 5:] != quiet[0, 5:]).any()
     assert (indices < torch.arange(40)[:, None]).all()
     scores = (query @ landmarks.mT / math.sqrt(8)).gather(-1, indices.clamp(min=0))
@@ -101,11 +103,24 @@ def test_gumbel_noise_changes_the_choice_but_not_the_weights():
 
 
 def test_retrieval_in_blocks_is_one_big_retrieval(monkeypatch):
-    query, landmarks = torch.randn(2, 20, 8), torch.randn(2, 50, 8)
-    whole = retrieve(query, landmarks, 30, 4)
-    monkeypatch.setattr(model_module, "MAX_SCORES", 300)
-    for x, y in zip(retrieve(query, landmarks, 30, 4), whole, strict=True):
-        torch.testing.assert_close(x, y)
+    """Also in several pages, and with the groups that spare sorting all scores."""
+    query, landmarks = torch.randn(2, 20, 8), torch.randn(2, 500, 8)
+    scores = (query @ landmarks.mT / math.sqrt(8)).masked_fill(
+        torch.arange(500) >= torch.arange(480, 500)[:, None], float("-inf"))
+    best = scores.topk(4)
+    monkeypatch.setattr(model_module, "MAX_SCORES", 40 * 100)
+    monkeypatch.setattr(model_module, "GROUP", 3)
+    weights, indices = retrieve(query, landmarks.split([170, 0, 310, 20], dim=1), 480, 4)
+    assert torch.equal(indices, best.indices)
+    torch.testing.assert_close(weights, best.values.softmax(-1))
+
+
+@pytest.mark.parametrize("n", [1, 7, 191, 192, 193, 1000])
+def test_top_finds_the_largest(n, monkeypatch):
+    monkeypatch.setattr(model_module, "GROUP", 3)
+    x = torch.randn(5, n).round(decimals=1)                                        # with ties
+    torch.testing.assert_close(x.gather(-1, model_module.top(x, 8)).sort().values,
+                               x.topk(min(8, n)).values.sort().values)
 
 
 @pytest.mark.parametrize("n_group", [1, 2])
@@ -186,21 +201,194 @@ def test_landmarks_have_no_logits_and_no_loss(T):
                                     dict(n_group=0, window=5)])
 @pytest.mark.parametrize("pieces", [[203], [1] * 203, [7, 8, 1, 44, 60, 83]])
 def test_reading_in_pieces_is_forward(config, pieces, monkeypatch):
-    monkeypatch.setitem(model_module.SEGMENT, DEVICE.type, 100)
+    monkeypatch.setitem(model_module.SEGMENT, DEVICE.type, 100 * 2 * 64)
     model, tokens = tiny(**config), random_tokens(2, 203)
-    memory = Memory(model, batch_size=2, capacity=60)                              # has to grow
+    memory = Memory(model, batch_size=2)
     logits = torch.cat([model.read(piece, memory) for piece in tokens.split(pieces, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(tokens)[0], atol=1e-4, rtol=0)
     assert memory.length == 203
 
 
 def test_read_gives_only_the_wanted_logits(monkeypatch):
-    monkeypatch.setitem(model_module.SEGMENT, DEVICE.type, 100)
+    monkeypatch.setitem(model_module.SEGMENT, DEVICE.type, 100 * 2 * 64)
     model, tokens = tiny(), random_tokens(2, 120)
     at = torch.rand(2, 120, device=DEVICE) < 0.2
     logits = model.read(tokens, Memory(model, 2), at)
     torch.testing.assert_close(logits, model(tokens, at=at)[0], atol=1e-4, rtol=0)
+    last = model.read(tokens, Memory(model, 2), "last")
+    torch.testing.assert_close(last, model(tokens)[0][:, -1], atol=1e-4, rtol=0)
 
+
+# ---------------------------------------------------------------- memory and generation
+
+OFFLOAD = [False, True] if DEVICE.type == "cuda" else [False]
+
+
+@pytest.mark.parametrize("offload", OFFLOAD)
+@pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2, n_kv_head=1), dict(n_group=0)])
+def test_reading_goes_on_after_fork_save_and_load(config, offload, tmp_path):
+    model, tokens, other = tiny(**config), random_tokens(2, 203), random_tokens(2, 60)
+    wanted, memory = model(tokens)[0], Memory(model, 2, offload)
+    model.read(tokens[:, :100], memory)
+    fork = memory.fork()
+    model.read(other, fork)                                        # the fork goes elsewhere, in its own pages
+    memory.save(tmp_path / "memory")
+    loaded = Memory.load(tmp_path / "memory", model, offload)
+    for some in (memory, loaded, loaded.fork()):
+        again = some.fork()
+        logits = [model.read(piece, some) for piece in tokens[:, 100:].split([1, 40, 62], dim=1)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), wanted[:, 100:], atol=1e-4, rtol=0)
+        logits = model.read(tokens[:, 100:], again)
+        torch.testing.assert_close(logits, wanted[:, 100:], atol=1e-4, rtol=0)
+    wanted = model(torch.cat([tokens[:, :100], other, tokens[:, 100:]], dim=1))[0][:, 160:]
+    torch.testing.assert_close(model.read(tokens[:, 100:], fork), wanted, atol=1e-4, rtol=0)
+
+
+def test_nbytes_says_what_grows():
+    model = tiny()
+    memory, sizes = Memory(model, capacity=3000), []
+    for piece in random_tokens(1, 300).split(100, dim=1):
+        model.read(piece, memory)
+        sizes.append(sum(memory.nbytes.values()))
+    chunks = 3000 // TEXT * (64 + 2 * TEXT * 64) * 4               # l_c, and TEXT rows of k and v, float32
+    assert all(chunks < size < chunks + 30000 for size in sizes)
+    assert memory.nbytes["gpu" if DEVICE.type == "cpu" else "cpu"] == 0
+
+
+def test_a_failed_read_leaves_the_memory_as_it_was(monkeypatch):
+    model, tokens = tiny(n_layer=4, n_group=2), random_tokens(1, 150)
+    for capacity in (None, 150):
+        memory, calls = Memory(model, capacity=capacity), []
+        model.read(tokens[:, :70], memory)
+
+        def fail(*arguments, original=model_module.attend, calls=calls):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+            return original(*arguments)
+
+        monkeypatch.setattr(model_module, "attend", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.read(tokens[:, 70:], memory)
+        monkeypatch.undo()
+        assert memory.length == 70 and memory.chunks == 4
+        torch.testing.assert_close(model.read(tokens[:, 70:], memory), model(tokens)[0][:, 70:], atol=1e-4,
+                                   rtol=0)
+
+
+def test_memory_mistakes(tmp_path):
+    model, tokens = tiny(), random_tokens(1, 50)
+    memory = Memory(model, capacity=70)
+    model.read(tokens, memory)
+    for message, mistake in (
+            ("capacity of 70: it holds 50, and 50 more", lambda: model.read(tokens, memory)),
+            ("made for another model", lambda: tiny().read(tokens, memory)),
+            ("tokens must be 1 sequences", lambda: model.read(random_tokens(2, 5), memory)),
+            ("capacity must be at least 1", lambda: Memory(model, capacity=0)),
+            ("no memory file", lambda: Memory.load(tmp_path / "none", model))):
+        with pytest.raises(ValueError, match=message):
+            mistake()
+    assert memory.length == 50
+    memory.save(tmp_path / "memory")
+    with pytest.raises(ValueError, match="must be a memory of this model"):
+        Memory.load(tmp_path / "memory", tiny(seed=1))
+    with pytest.raises(ValueError, match="capacity must be at least the 50 tokens"):
+        Memory.load(tmp_path / "memory", model, capacity=49)
+    whole = (tmp_path / "memory").read_bytes()
+    save_checkpoint(tmp_path / "foreign", model)
+    (tmp_path / "cut").write_bytes(whole[:len(whole) // 2])
+    for name in ("foreign", "cut"):
+        with pytest.raises(ValueError, match=f"{name} is damaged or not a memory"):
+            Memory.load(tmp_path / name, model)
+    if DEVICE.type == "cpu":
+        with pytest.warns(UserWarning, match="offload changes nothing"):
+            Memory(model, offload=True)
+
+
+def test_cache_holds_the_chunks_that_were_asked_for():
+    """Random requests of two sequences, over two pages: the slots hold the chunks wanted."""
+    rng, cache = np.random.default_rng(0), ChunkCache()
+    stored = [torch.randn(2, 90, *shape) for shape in ((3,), (2, 1, 4), (2, 1, 4))]
+    pin = DEVICE.type == "cuda"
+    pages = [Page([x[:, part].contiguous().pin_memory() if pin else x[:, part] for x in stored], used)
+             for part, used in ((slice(0, 40), 40), (slice(40, 90), 50))]
+    for _ in range(30):
+        indices = torch.from_numpy(rng.integers(-1, rng.choice([10, 90]), (2, 3, 4))).to(DEVICE)
+        slots = cache.fetch(pages, indices)
+        torch.cuda.synchronize() if pin else None
+        assert torch.equal(slots < 0, indices < 0)
+        for b in range(2):
+            mask = indices[b] >= 0
+            for cached, wanted in ((cache.k, stored[1]), (cache.v, stored[2])):
+                assert torch.equal(cached[0, slots[b][mask]].cpu(), wanted[b, indices[b][mask].cpu()])
+    assert 0.1 < cache.hit_rate < 0.9
+    misses = cache.wanted - cache.hits
+    cache.fetch(pages, indices)                                    # again: all of them are there
+    assert cache.wanted - cache.hits == misses
+
+
+@pytest.mark.parametrize("offload", OFFLOAD)
+@pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2), dict(n_group=0)])
+def test_generation_is_the_likeliest_continuation(config, offload):
+    """Greedy, for prompts of different lengths, after a document or not: as forward would have it."""
+    model, document = tiny(**config), random_tokens(1, 77)
+    prompts = [random_tokens(n)[:n] for n in (1, 16, 40, 46, 17)]
+    new = torch.stack(list(model.generate(prompts, 20, temperature=0, pad=7, offload=offload)), dim=1)
+    assert new.shape == (5, 20)
+    for prompt, answer in zip(prompts, new, strict=True):
+        text = torch.cat([torch.full(((1 - len(prompt)) % TEXT,), 7, device=DEVICE), prompt, answer])
+        assert len(text) % TEXT == 21 % TEXT
+        assert torch.equal(model(text[None])[0][0, -21:-1].argmax(-1), answer)
+    memory = Memory(model, offload=offload)
+    model.read(document, memory)
+    for prompt in prompts[1:3]:
+        answer = torch.cat(list(model.generate(prompt[None], 20, temperature=0, memory=memory.fork())))
+        pad = torch.zeros((1 - 77 - len(prompt)) % TEXT, dtype=torch.long, device=DEVICE)
+        text = torch.cat([document[0], pad, prompt, answer])
+        assert torch.equal(model(text[None])[0][0, -21:-1].argmax(-1), answer)
+
+
+def test_stop_tokens_end_a_sequence():
+    model, prompts = tiny(), random_tokens(3, 20)
+    new = torch.stack(list(model.generate(prompts, 30, temperature=0)), dim=1)
+    stop = new[0, 5].item()
+    cut = torch.stack(list(model.generate(prompts, 30, temperature=0, stop=[stop])), dim=1)
+    for row, whole in zip(cut, new, strict=True):
+        ends = (whole == stop).nonzero().flatten().tolist()
+        n = min(ends[0] + 1 if ends else 30, len(row))
+        assert torch.equal(row[:n], whole[:n]) and (row[n:] == -1).all()
+
+
+def test_sampling():
+    torch.manual_seed(0)
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    logits = p.log().repeat(4000, 1)
+
+    def frequencies(**how):
+        return torch.bincount(sample(logits, **how), minlength=4) / 4000
+
+    def near(wanted, **how):
+        torch.testing.assert_close(frequencies(**how), torch.tensor(wanted), atol=0.04, rtol=0)
+
+    near([1.0, 0.0, 0.0, 0.0], temperature=0)
+    near(p.tolist(), temperature=1.0)
+    near((p ** 2 / (p ** 2).sum()).tolist(), temperature=0.5)
+    near([4 / 7, 3 / 7, 0.0, 0.0], temperature=1.0, top_k=2)
+    near([4 / 7, 3 / 7, 0.0, 0.0], temperature=1.0, top_p=0.69)
+    near([4 / 9, 3 / 9, 2 / 9, 0.0], temperature=1.0, top_p=0.71)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(prompt=[]), "prompt must be"), (dict(prompt=[[]]), "none of them empty"),
+    (dict(prompt=[[3, 256]]), r"must be token ids in \[0, 256\), got 256"), (dict(stop=[-2]), "got -2"),
+    (dict(temperature=-1), "temperature must be at least 0"), (dict(top_k=0), "top_k must be at least 1"),
+    (dict(top_p=1.5), r"top_p must be in \(0, 1\], got 1.5")])
+def test_generation_mistakes(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().generate(**dict(prompt=[[1, 2]], max_new_tokens=3) | change)
+
+
+# ---------------------------------------------------------------- chunks and configurations
 
 def test_grid():
     grid = Grid(4, before=5, n=8)                  # chunks of 3 + landmark; the 6th token is row 2 of chunk 1

@@ -51,8 +51,8 @@ class TrainConfig:
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
-                start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=2400, lr=2e-3,
-                lm_weight=0.1),
+                start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=3000, lr=2e-3,
+                gumbel=False),
 }
 FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]  # the corpus has that
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU, validating and maybe growing

@@ -1,0 +1,348 @@
+"""What a DRT keeps of the text it has read, so that it can read on without end at a constant cost per token.
+
+    memory = Memory(model)                          model.read(tokens, memory) fills it, piece by piece
+    memory = Memory(model, offload=True)            chunk keys and values in CPU memory, the rest on the GPU
+    question = memory.fork()                        shares the past: many questions of one document
+    memory.save(path); Memory.load(path, model)     read a long document once, ask it often
+
+Of fixed size are each layer's window, the chunk being read, and what each group has retrieved for it. Only
+the chunks grow: landmarks, and keys and values. GCA reads the K chunks retrieved and no others, so keys and
+values can stay in CPU memory, whatever the length: K chunks travel to the GPU for each chunk read.
+"""
+import copy
+import os
+import warnings
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from gca import jit, triton
+
+if triton:
+    import triton.language as tl
+
+FORMAT = "DRT memory 1"
+
+
+# ---------------------------------------------------------------- between CPU and GPU memory
+
+@lru_cache
+def copy_stream(device):
+    """The CUDA stream on which chunks travel, beside the one that computes."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def copying(device):
+    """What is done in here goes to the copy stream, after all that was asked of the GPU so far."""
+    if device.type != "cuda":
+        yield
+        return
+    copy_stream(device).wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(copy_stream(device)):
+        yield
+
+
+@jit
+def gather_kernel(Source, Target, Rows, Chunks, Slots, row_stride, n, BLOCK: tl.constexpr):
+    """Target[slot] = Source[row, chunk], n numbers each. The GPU reads Source in pinned CPU memory."""
+    i = tl.program_id(0)
+    row, chunk, slot = (tl.load(X + i).to(tl.int64) for X in (Rows, Chunks, Slots))
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(Source + row * row_stride + chunk * n + at, mask=at < n)
+    tl.store(Target + slot * n + at, x, mask=at < n)
+
+
+def gather_chunks(source, rows, chunks, target, slots):
+    """target[slots] = source[rows, chunks]; source (B, M, ..) on the CPU, target (slots, ..) on the GPU."""
+    n, block = target[0].numel(), 2048
+    if not (target.is_cuda and triton):
+        target[slots] = source[rows.to(source.device), chunks.to(source.device)].to(target.device)
+    elif len(slots):
+        grid = len(slots), triton.cdiv(n, block)
+        gather_kernel[grid](source, target, rows, chunks, slots, source.stride(0), n, BLOCK=block)
+
+
+class Page:
+    """Chunks side by side: landmarks (B, M, d), keys and values (B, M, S-1, Hkv, D); `used` are filled."""
+
+    def __init__(self, tensors, used=0):
+        self.tensors, self.used = list(tensors), used
+
+    @classmethod
+    def like(cls, tensors, room, offload):
+        """An empty page with room for `room` chunks like these; offload: keys and values in pinned memory."""
+        def empty(x, to_cpu):
+            options = dict(device="cpu", pin_memory=True) if to_cpu else dict(device=x.device)
+            return torch.empty(x.shape[0], room, *x.shape[2:], dtype=x.dtype, **options)
+
+        return cls([empty(x, offload and i > 0) for i, x in enumerate(tensors)])
+
+    def write(self, tensors):
+        """Put these chunks behind those that are there; from GPU to CPU memory on the copy stream."""
+        stop = self.used + tensors[0].shape[1]
+        for page, new in zip(self.tensors, tensors, strict=True):
+            if page.device == new.device:
+                page[:, self.used:stop] = new
+                continue
+            with copying(new.device):
+                for row, chunks in zip(page, new, strict=True):      # a row at a time: one stretch of memory
+                    row[self.used:stop].copy_(chunks, non_blocking=True)
+            if new.is_cuda:
+                new.record_stream(copy_stream(new.device))
+        self.used = stop
+
+    def closed(self):
+        """The same chunks without room for more."""
+        return Page([x[:, :self.used] for x in self.tensors], self.used)
+
+
+class ChunkCache:
+    """The GPU's share of an offloaded memory: keys and values of the chunks that were retrieved last.
+
+    Each has a slot in k and v (1, slots, S-1, Hkv, D), for all sequences of the batch together. Chunk c of
+    sequence b is called key c * B + b. When slots run out, the least recently used give way.
+    """
+
+    def __init__(self):
+        self.hits = self.wanted = self.clock = self.generation = 0
+        self.forget()
+
+    def forget(self):
+        self.generation += 1                                    # slots given out before are void
+        self.k = self.v = None
+        self.slot_of = None                                     # (keys,) the slot of each, or -1
+
+    @property
+    def hit_rate(self):
+        return self.hits / max(1, self.wanted)
+
+    def fetch(self, pages, indices):
+        """Bring the chunks in indices (B, n, K) to the GPU; returns their slots (B, n, K)."""
+        B = len(indices)
+        sequence = torch.arange(B, device=indices.device)[:, None, None]
+        keys = torch.where(indices < 0, -1, indices * B + sequence)
+        wanted = keys.unique()
+        wanted = wanted[wanted >= 0]
+        self.make_room(len(wanted), B * sum(page.used for page in pages), pages[0], indices.device)
+        self.clock += 1
+        slots = self.slot_of[wanted]
+        self.last_use[slots[slots >= 0]] = self.clock
+        missing = wanted[slots < 0]
+        if len(missing):
+            self.load(pages, missing, self.last_use.argsort()[:len(missing)], B)
+        self.hits, self.wanted = self.hits + len(wanted) - len(missing), self.wanted + len(wanted)
+        return torch.where(keys < 0, -1, self.slot_of[keys])
+
+    def load(self, pages, keys, slots, B):
+        """Fill slots with the chunks called keys, which are in none; what the slots held is given up."""
+        evicted = self.key_in[slots]
+        self.slot_of[evicted[evicted >= 0]] = -1
+        self.key_in[slots], self.slot_of[keys], self.last_use[slots] = keys, slots, self.clock
+        self.generation += 1
+        with copying(self.k.device):
+            first = 0
+            for page in pages:
+                chunks = keys // B - first
+                here = (chunks >= 0) & (chunks < page.used)
+                for stored, cached in zip(page.tensors[1:], (self.k, self.v), strict=True):
+                    gather_chunks(stored, (keys % B)[here], chunks[here], cached[0], slots[here])
+                first += page.used
+
+    def make_room(self, n_slot, n_key, page, device):
+        if self.k is None or n_slot > self.k.shape[1]:          # a cache that is too small starts again
+            self.forget()
+            room = n_slot + n_slot // 4 + 16
+            self.k, self.v = (x.new_empty(1, room, *x.shape[2:], device=device) for x in page.tensors[1:])
+            self.key_in = torch.full((room,), -1, device=device)
+            self.last_use = torch.zeros(room, dtype=torch.long, device=device)
+            self.slot_of = torch.full((max(1, n_key),), -1, device=device)
+        elif n_key > len(self.slot_of):
+            self.slot_of = F.pad(self.slot_of, (0, 2 * n_key - len(self.slot_of)), value=-1)
+
+
+class Memory:
+    """All that reading leaves behind, for batch_size sequences that are read side by side.
+
+    offload    keys and values of the chunks in pinned CPU memory; it changes nothing without a GPU
+    capacity   tokens of room, taken at once; reading more is an error. None: room doubles when it runs out
+    """
+
+    def __init__(self, model, batch_size=1, offload=False, capacity=None):
+        config = model.config
+        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.model, self.batch_size, self.capacity = model, batch_size, capacity
+        self.device = model.embedding.weight.device
+        if offload and self.device.type != "cuda":
+            warnings.warn("offload changes nothing: the model is on the CPU", stacklevel=2)
+        self.cache = ChunkCache() if offload and self.device.type == "cuda" else None
+        self.length = 0                                         # text tokens read so far
+        self.window = [None] * config.n_layer                   # each layer's (k, v) of the last W positions
+        self.unfinished = None                                  # (B, <S, d) lower decoder's output for it
+        no_slot = torch.zeros(batch_size, 1, config.top_k, device=self.device)
+        self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group   # weights, indices: for this chunk
+        self.served = {}                                        # what serve() returned last, for each group
+        self.pages = []                                         # the chunks, in order
+        self.is_own = False                                     # the last page is this memory's alone
+
+    # ------------------------------------------------------------ chunks
+
+    @property
+    def chunks(self):
+        return sum(page.used for page in self.pages)
+
+    def landmarks(self):
+        """Every chunk's l_c, as a list of (B, M, d)."""
+        return [page.tensors[0][:, :page.used] for page in self.pages]
+
+    def append(self, *tensors):
+        """Store whole chunks: their landmarks, keys and values, (B, C, ...) each."""
+        n_new = tensors[0].shape[1]
+        if not n_new and self.pages:
+            return
+        if not (self.is_own and self.pages[-1].used + n_new <= self.pages[-1].tensors[0].shape[1]):
+            old = [self.pages.pop()] if self.is_own else []     # outgrown: its chunks move to the new page
+            total = n_new + sum(page.used for page in old)
+            room = 2 * total
+            if self.capacity and not self.pages:
+                room = max(total, self.capacity // (self.model.config.chunk_size - 1))
+            new = Page.like(tensors, room, self.cache is not None)
+            for page in old:
+                if self.cache:
+                    torch.cuda.synchronize()                    # its chunks have arrived in CPU memory
+                new.write(page.closed().tensors)
+            self.pages, self.is_own = [*self.pages, new], True
+        self.pages[-1].write(tensors)
+
+    def serve(self, g, indices):
+        """Where GCA finds the chunks that group g retrieved, indices (B, n, K).
+
+        Returns pages of (k, v), the indices as they count there, and a CUDA event to wait for, or None.
+        """
+        if not self.cache:
+            return [page.tensors[1:] for page in self.pages], indices, None
+        known, generation, served = self.served.get(g, (None, None, None))
+        if known is not indices or generation != self.cache.generation:        # not the same as a token ago
+            slots = self.cache.fetch(self.pages, indices)
+            served = [(self.cache.k, self.cache.v)], slots, copy_stream(self.device).record_event()
+            self.served[g] = indices, self.cache.generation, served
+        return served
+
+    # ------------------------------------------------------------ as a whole
+
+    def check(self, model, tokens):
+        """ValueError if the model cannot read these tokens into this memory."""
+        if self.model is not model:
+            raise ValueError("memory must be this model's own; it was made for another model")
+        if self.device != model.embedding.weight.device:
+            raise ValueError(f"memory must be on the model's device {model.embedding.weight.device}, "
+                             f"got {self.device}")
+        if len(tokens) != self.batch_size:
+            raise ValueError(f"tokens must be {self.batch_size} sequences, as the memory, got {len(tokens)}")
+        if self.capacity and self.length + tokens.shape[1] > self.capacity:
+            raise ValueError(f"tokens must fit the memory's capacity of {self.capacity}: "
+                             f"it holds {self.length}, and {tokens.shape[1]} more were to be read")
+
+    def fork(self):
+        """A memory that goes its own way from here. The chunks read so far are shared, not copied."""
+        if self.is_own:
+            self.pages[-1], self.is_own = self.pages[-1].closed(), False
+        other = copy.copy(self)
+        other.window, other.serving, other.pages = list(self.window), list(self.serving), list(self.pages)
+        other.cache, other.served = ChunkCache() if self.cache else None, {}
+        return other
+
+    def snapshot(self):
+        """What restore() needs to undo a read that failed."""
+        state = dict(vars(self), window=list(self.window), serving=list(self.serving), pages=list(self.pages))
+        return state, [page.used for page in self.pages]
+
+    def restore(self, snapshot):
+        state, used = snapshot
+        vars(self).update(state)
+        for page, n in zip(self.pages, used, strict=True):
+            page.used = n
+        if self.cache:
+            self.cache.forget()
+
+    @property
+    def nbytes(self):
+        """Bytes in use by place: dict(gpu=.., cpu=..)."""
+        tensors = [x for pair in (*self.window, *self.serving) if pair for x in pair]
+        tensors += [x for page in self.pages for x in page.tensors]
+        if self.unfinished is not None:
+            tensors.append(self.unfinished)
+        if self.cache:
+            tensors += [x for x in vars(self.cache).values() if torch.is_tensor(x)]
+        size = dict(gpu=0, cpu=0)
+        for x in tensors:
+            size["gpu" if x.is_cuda else "cpu"] += x.numel() * x.element_size()
+        return size
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path):
+        """Write everything to a file, atomically. Memory.load reads it, for the same model, on any device."""
+        if self.cache:
+            torch.cuda.synchronize()
+        chunks = [torch.cat([x.cpu() for x in parts], dim=1)
+                  for parts in zip(*(page.closed().tensors for page in self.pages), strict=True)]
+        state = dict(format=FORMAT, config=asdict(self.model.config), weights=fingerprint(self.model),
+                     batch_size=self.batch_size, length=self.length, window=self.window,
+                     unfinished=self.unfinished, serving=self.serving, chunks=chunks)
+        save_atomically(path, state)
+
+    @classmethod
+    def load(cls, path, model, offload=False, capacity=None):
+        """The memory in a file that save() wrote; ValueError if it is none, damaged, or another model's."""
+        if not Path(path).is_file():
+            raise ValueError(f"no memory file at {path}")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["format"] != FORMAT:
+                raise ValueError
+        except Exception as error:                  # whatever a foreign or damaged file makes torch raise
+            raise ValueError(f"{path} is damaged or not a memory that Memory.save wrote") from error
+        if state["config"] != asdict(model.config) or state["weights"] != fingerprint(model):
+            raise ValueError(f"{path} must be a memory of this model; another model's weights wrote it")
+        memory = cls(model, state["batch_size"], offload, capacity)
+        if capacity and state["length"] > capacity:
+            raise ValueError(f"capacity must be at least the {state['length']} tokens in {path}, "
+                             f"got {capacity}")
+        memory.length = state["length"]
+
+        def to_device(pair):
+            return tuple(x.to(memory.device) for x in pair) if pair else None
+
+        memory.window = [to_device(pair) for pair in state["window"]]
+        memory.serving = [to_device(pair) for pair in state["serving"]]
+        if state["unfinished"] is not None:
+            memory.unfinished = state["unfinished"].to(memory.device)
+        if state["chunks"]:
+            landmarks, *keys_values = state["chunks"]
+            place = "cpu" if memory.cache else memory.device
+            memory.append(landmarks.to(memory.device), *(x.to(place) for x in keys_values))
+        return memory
+
+
+def fingerprint(model):
+    """A number that two models share only if they are the same: the embedding takes part in all training."""
+    return zlib.crc32(model.embedding.weight.detach().float().cpu().contiguous().numpy())
+
+
+def save_atomically(path, state):
+    """torch.save, such that a kill at any moment leaves the old file or the new one, whole."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
