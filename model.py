@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gca import gca
-from memory import Memory, save_atomically
+from inference import Memory, as_batches, check_generation, decode, save_atomically  # noqa: F401 (Memory)
 
 
 @dataclass
@@ -72,17 +72,18 @@ def alibi_slopes(n_head):
     return torch.tensor(slopes)
 
 
-def band_bias(n_query, n_key, window, slopes):
+@lru_cache(maxsize=32)
+def band_bias(n_query, n_key, window, slopes, dtype):
     """ALiBi inside the window, -inf outside; queries are the last of the keys: (H, n_query, n_key)."""
     query = torch.arange(n_key - n_query, n_key, device=slopes.device)
     distance = query[:, None] - torch.arange(n_key, device=slopes.device)
     bias = -slopes[:, None, None] * distance
-    return bias.masked_fill((distance < 0) | (distance >= window), float("-inf"))
+    return bias.masked_fill((distance < 0) | (distance >= window), float("-inf")).to(dtype)
 
 
 def dense_attention(q, k, v, window, slopes):
     """Every key against every query, then the band: for few queries."""
-    bias = band_bias(q.shape[2], k.shape[2], window, slopes).to(q.dtype)
+    bias = band_bias(q.shape[2], k.shape[2], window, slopes, q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
 
@@ -295,7 +296,12 @@ class Grid:
         self.length = n + self.whole                        # N: positions of the stream, landmarks included
 
     def place(self, x, rows, length):
-        """(B, length, ...) -> (B, C, rows, ...): zeros before the first token's row and after the last's."""
+        """(B, length, ...) -> (B, C, rows, ...): zeros before the first token's row and after the last's.
+
+        A single chunk is left without: (B, 1, length, ...).
+        """
+        if self.chunks == 1:
+            return x[:, None]
         pad = (0, 0) * (x.dim() - 2) + (self.offset, self.chunks * rows - self.offset - length)
         return F.pad(x, pad).unflatten(1, (self.chunks, rows))
 
@@ -303,7 +309,8 @@ class Grid:
         return self.place(x, self.S, self.length)
 
     def to_stream(self, x):                  # (B, C, S, ...) -> (B, N, ...)
-        return x.flatten(1, 2)[:, self.offset:self.offset + self.length]
+        start = self.offset if self.chunks > 1 else 0
+        return x.flatten(1, 2)[:, start:start + self.length]
 
     def insert_landmarks(self, x, landmark):  # (B, n, d), (d,) -> (B, N, d): one behind each completed chunk
         x = self.place(x, self.S - 1, self.n)
@@ -313,6 +320,8 @@ class Grid:
         return x[:, self.S - 1 - self.offset::self.S]
 
     def text(self, x):                       # (B, N, d) -> (B, n, d): the stream without its landmarks
+        if self.chunks == 1:
+            return x[:, :self.n]
         return self.to_chunks(x)[:, :, :-1].flatten(1, 2)[:, self.offset:self.offset + self.n]
 
 
@@ -498,8 +507,6 @@ class DRT(nn.Module):
         pages, indices, ready = memory.serve(g, indices) if memory else ([chunks[1:]], indices, None)
         return weights, pages, indices, ready
 
-    # ------------------------------------------------------------ generation
-
     def generate(self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), pad=0,
                  memory=None, offload=False):
         """Yield the tokens that follow each prompt, (B,) at a time; -1 for a sequence that has ended.
@@ -514,70 +521,12 @@ class DRT(nn.Module):
         A prompt is padded on the left, with token `pad`, so that its last token opens a chunk: all of the
         question lies in chunks whose landmarks have retrieved when the first new token is predicted.
         """
-        device, how = self.embedding.weight.device, (temperature, top_k, top_p)
+        how = temperature, top_k, top_p
+        device = self.embedding.weight.device
         prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
         check_generation(prompts, self.config.vocab_size, max_new_tokens, *how, stop, pad)
-        text, length = self.config.chunk_size - 1, memory.length if memory else 0
-        padded = [F.pad(row, ((1 - length - len(row)) % text, 0), value=pad) for row in prompts]
-        batches = {}                        # sequences of one length are read and decoded side by side
-        for i, row in enumerate(padded):
-            batches.setdefault(len(row), []).append(i)
-        if memory and len(batches) > 1:
-            raise ValueError("prompts that continue a memory must have the same length in chunks")
-        runs = []
-        for rows in batches.values():
-            own = memory or Memory(self, len(rows), offload)
-            tokens = torch.stack([padded[i] for i in rows])
-            own.check(self, tokens)
-            runs.append((rows, tokens, own))
-        return self.decode_batches(runs, len(prompts), max_new_tokens, how, stop)
-
-    @torch.no_grad()
-    def decode_batches(self, runs, n_prompt, max_new_tokens, how, stop):
-        """generate()'s loop; runs: (which prompts, the tokens to read next, memory) of each batch."""
-        device = self.embedding.weight.device
-        stop, ended = torch.tensor(stop, device=device), torch.full((n_prompt,), False, device=device)
-        for _ in range(max_new_tokens):
-            new = torch.full((n_prompt,), -1, device=device)
-            for i, (rows, tokens, memory) in enumerate(runs):
-                token = sample(self.read(tokens, memory, "last"), *how)
-                new[rows], runs[i] = token, (rows, token[:, None], memory)
-            yield new.masked_fill(ended, -1)
-            if len(stop):
-                ended |= torch.isin(new, stop)
-                if ended.all():
-                    return
-
-
-def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad):
-    if not prompts or any(row.dim() != 1 or not len(row) for row in prompts):
-        raise ValueError("prompt must be (B, n) tokens, or a list of sequences, none of them empty")
-    ids = torch.cat([*prompts, torch.tensor([pad, *stop], device=prompts[0].device)])
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        wrong = ids[(ids < 0) | (ids >= vocab_size)][0].item()
-        raise ValueError(f"prompt, stop and pad must be token ids in [0, {vocab_size}), got {wrong}")
-    for name, value, fits, wanted in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
-            ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
-            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]")):
-        if not fits:
-            raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def sample(logits, temperature, top_k=None, top_p=None):
-    """Draw one token for each row of logits (B, vocab_size) -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p is not None:
-        p, order = logits.softmax(-1).sort(descending=True)
-        beyond = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
-        logits = logits.masked_fill(beyond, float("-inf"))
-    return logits.softmax(-1).multinomial(1)[:, 0]
+        batches = as_batches(self, prompts, pad, memory, offload)
+        return decode(self, batches, max_new_tokens, how, stop)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 import model as model_module  # noqa: I001
 import train as train_module
 from data import NeedleTask, decode_bytes, encode_bytes, load_corpus, needle_batch
-from memory import ChunkCache, Page
+from inference import ChunkCache, Page, sample
 from model import (
     DRT,
     DRTConfig,
@@ -29,7 +29,6 @@ from model import (
     dense_attention,
     load_checkpoint,
     retrieve,
-    sample,
     save_checkpoint,
     window_attention,
 )

@@ -1,9 +1,10 @@
-"""What a DRT keeps of the text it has read, so that it can read on without end at a constant cost per token.
+"""Reading and writing without end, at a constant cost per token: what a DRT remembers, and how it generates.
 
     memory = Memory(model)                          model.read(tokens, memory) fills it, piece by piece
     memory = Memory(model, offload=True)            chunk keys and values in CPU memory, the rest on the GPU
     question = memory.fork()                        shares the past: many questions of one document
     memory.save(path); Memory.load(path, model)     read a long document once, ask it often
+    for tokens in model.generate(prompts, 100): ..  (B,) at a time
 
 Of fixed size are each layer's window, the chunk being read, and what each group has retrieved for it. Only
 the chunks grow: landmarks, and keys and values. GCA reads the K chunks retrieved and no others, so keys and
@@ -68,6 +69,8 @@ def gather_chunks(source, rows, chunks, target, slots):
         gather_kernel[grid](source, target, rows, chunks, slots, source.stride(0), n, BLOCK=block)
 
 
+# ---------------------------------------------------------------- memory
+
 class Page:
     """Chunks side by side: landmarks (B, M, d), keys and values (B, M, S-1, Hkv, D); `used` are filled."""
 
@@ -109,7 +112,8 @@ class ChunkCache:
     sequence b is called key c * B + b. When slots run out, the least recently used give way.
     """
 
-    def __init__(self):
+    def __init__(self, n_group=1):
+        self.n_group = n_group                                  # as many retrievals are in use at once
         self.hits = self.wanted = self.clock = self.generation = 0
         self.forget()
 
@@ -157,7 +161,7 @@ class ChunkCache:
     def make_room(self, n_slot, n_key, page, device):
         if self.k is None or n_slot > self.k.shape[1]:          # a cache that is too small starts again
             self.forget()
-            room = n_slot + n_slot // 4 + 16
+            room = self.n_group * n_slot + n_slot // 4 + 16
             self.k, self.v = (x.new_empty(1, room, *x.shape[2:], device=device) for x in page.tensors[1:])
             self.key_in = torch.full((room,), -1, device=device)
             self.last_use = torch.zeros(room, dtype=torch.long, device=device)
@@ -182,7 +186,7 @@ class Memory:
         self.device = model.embedding.weight.device
         if offload and self.device.type != "cuda":
             warnings.warn("offload changes nothing: the model is on the CPU", stacklevel=2)
-        self.cache = ChunkCache() if offload and self.device.type == "cuda" else None
+        self.cache = ChunkCache(config.n_group) if offload and self.device.type == "cuda" else None
         self.length = 0                                         # text tokens read so far
         self.window = [None] * config.n_layer                   # each layer's (k, v) of the last W positions
         self.unfinished = None                                  # (B, <S, d) lower decoder's output for it
@@ -191,8 +195,6 @@ class Memory:
         self.served = {}                                        # what serve() returned last, for each group
         self.pages = []                                         # the chunks, in order
         self.is_own = False                                     # the last page is this memory's alone
-
-    # ------------------------------------------------------------ chunks
 
     @property
     def chunks(self):
@@ -235,8 +237,6 @@ class Memory:
             self.served[g] = indices, self.cache.generation, served
         return served
 
-    # ------------------------------------------------------------ as a whole
-
     def check(self, model, tokens):
         """ValueError if the model cannot read these tokens into this memory."""
         if self.model is not model:
@@ -255,8 +255,9 @@ class Memory:
         if self.is_own:
             self.pages[-1], self.is_own = self.pages[-1].closed(), False
         other = copy.copy(self)
-        other.window, other.serving, other.pages = list(self.window), list(self.serving), list(self.pages)
-        other.cache, other.served = ChunkCache() if self.cache else None, {}
+        other.window = [kv and tuple(x.clone() for x in kv) for kv in self.window]
+        other.serving, other.pages, other.served = list(self.serving), list(self.pages), {}
+        other.cache = ChunkCache(self.cache.n_group) if self.cache else None
         return other
 
     def snapshot(self):
@@ -285,8 +286,6 @@ class Memory:
         for x in tensors:
             size["gpu" if x.is_cuda else "cpu"] += x.numel() * x.element_size()
         return size
-
-    # ------------------------------------------------------------ files
 
     def save(self, path):
         """Write everything to a file, atomically. Memory.load reads it, for the same model, on any device."""
@@ -346,3 +345,139 @@ def save_atomically(path, state):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+# ---------------------------------------------------------------- generation
+
+def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad):
+    if not prompts or any(row.dim() != 1 or not len(row) for row in prompts):
+        raise ValueError("prompt must be (B, n) tokens, or a list of sequences, none of them empty")
+    ids = torch.cat([*prompts, torch.tensor([pad, *stop], device=prompts[0].device)])
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0].item()
+        raise ValueError(f"prompt, stop and pad must be token ids in [0, {vocab_size}), got {wrong}")
+    for name, value, fits, wanted in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+            ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]")):
+        if not fits:
+            raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def sample(logits, temperature, top_k=None, top_p=None):
+    """Draw one token for each row of logits (B, vocab_size) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        beyond = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(beyond, float("-inf"))
+    return logits.softmax(-1).multinomial(1)[:, 0]
+
+
+def as_batches(model, prompts, pad, memory, offload):
+    """Pad prompts so that the last token of each opens a chunk, and put those of one length side by side.
+
+    Returns for each batch: which prompts they are, their tokens (B, n), and a memory to read them into.
+    """
+    text, before, batches = model.config.chunk_size - 1, memory.length if memory else 0, {}
+    for i, row in enumerate(prompts):
+        row = F.pad(row, ((1 - before - len(row)) % text, 0), value=pad)
+        batches.setdefault(len(row), []).append((i, row))
+    if memory and len(batches) > 1:
+        raise ValueError("prompt: those that continue one memory must have the same length, in chunks")
+    made = []
+    for batch in batches.values():
+        which, rows = zip(*batch, strict=True)
+        own, tokens = memory or Memory(model, len(rows), offload), torch.stack(rows)
+        own.check(model, tokens)
+        made.append((list(which), tokens, own))
+    return made
+
+
+@torch.no_grad()
+def decode(model, batches, max_new_tokens, how, stop):
+    """The loop of DRT.generate: batches from as_batches; how: temperature, top_k, top_p."""
+    device, n_prompt = batches[0][1].device, sum(len(which) for which, _, _ in batches)
+    stop, ended = torch.tensor(stop, device=device), torch.full((n_prompt,), False, device=device)
+    new, steps = torch.full((n_prompt,), -1, device=device), [GraphedStep(model) for _ in batches]
+    for n in range(max_new_tokens):
+        for (which, tokens, memory), step in zip(batches, steps, strict=True):
+            tokens = new[which, None] if n else tokens
+            fits = n and step.fits(memory)
+            logits = step(tokens, memory) if fits else model.read(tokens, memory, "last")
+            new[which] = sample(logits, *how)
+        yield new.masked_fill(ended, -1)
+        if len(stop):
+            ended |= torch.isin(new, stop)
+            if ended.all():
+                return
+
+
+class GraphedStep:
+    """Reading one token inside a chunk, as a CUDA graph: one launch instead of hundreds.
+
+    It runs DRT.hidden on a memory of its own, whose tensors keep their places: the windows move on inside the
+    graph; what the groups have retrieved is copied in when a new chunk begins.
+    """
+
+    def __init__(self, model):
+        self.model, self.graph = model, None
+
+    def fits(self, memory):
+        """A GPU, full windows, and a token that does not complete its chunk: nothing changes its shape."""
+        config, text = self.model.config, self.model.config.chunk_size - 1
+        return (memory.device.type == "cuda" and memory.window[0][0].shape[2] == config.window
+                and (not config.n_group or memory.length % text < text - 1 and memory.chunks))
+
+    def __call__(self, token, memory):
+        """token (B, 1) -> logits (B, vocab_size), as read() would give."""
+        served = [memory.serve(g, indices) for g, (_, indices) in enumerate(memory.serving)]
+        places = [x.data_ptr() for pages, _, _ in served for page in pages for x in page]
+        if self.graph is None or places != self.places:         # pages have moved since it was recorded
+            self.places = places
+            self.record(memory, served)
+        if memory.window[0] is not self.window[0]:              # a new chunk
+            for mine, pair in zip(self.window, memory.window, strict=True):
+                mine[0].copy_(pair[0])
+                mine[1].copy_(pair[1])
+            for g, (_, indices, ready) in enumerate(served):
+                self.weights[g].copy_(memory.serving[g][0])
+                self.indices[g].copy_(indices)
+                if ready:
+                    ready.wait()
+        self.token.copy_(token)
+        self.graph.replay()
+        memory.length, memory.window = memory.length + 1, list(self.window)
+        if self.unfinished is not None:
+            memory.unfinished = torch.cat([memory.unfinished, self.unfinished], dim=1)
+        return self.logits
+
+    def record(self, memory, served):
+        self.token = torch.zeros(memory.batch_size, 1, dtype=torch.long, device=memory.device)
+        self.window = [tuple(x.clone() for x in pair) for pair in memory.window]
+        self.weights = [weights.clone() for weights, _ in memory.serving]
+        self.indices = [indices.clone() for _, indices, _ in served]
+        mine = copy.copy(memory)
+        mine.serving = list(zip(self.weights, self.indices, strict=True))
+        mine.serve = lambda g, indices: (served[g][0], self.indices[g], None)
+
+        def run():
+            mine.window, mine.unfinished, mine.length = list(self.window), None, memory.length
+            self.logits = self.model.head(self.model.hidden(self.token, mine)[:, -1])
+            for old, new in zip(self.window, mine.window, strict=True):
+                for x, y in zip(old, new, strict=True):
+                    x.copy_(y)
+            self.unfinished = mine.unfinished
+
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
+                            cache_enabled=False):               # cached casts would not outlive the context
+            run()                                               # compile and choose algorithms
+            with torch.cuda.graph(self.graph):
+                run()
