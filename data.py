@@ -157,6 +157,19 @@ class Parser(argparse.ArgumentParser):
         sys.stdout.flush()
         self.exit(2, f"error: {message}\n")
 
+    def add_fields(self, fields, choices=None, helps=None):
+        """A flag for each field of a dataclass, None where it is not given."""
+        for field in fields:
+            kind = boolean if type(field.default) is bool else type(field.default)
+            self.add_argument(f"--{field.name}", type=kind, choices=(choices or {}).get(field.name),
+                              help=(helps or {}).get(field.name, f"default: {field.default}"))
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
+
 
 def main():
     parser = Parser(description="Show one context of the needle task, a line a chunk.")

@@ -1,21 +1,26 @@
 """Measure a trained DRT.
 
     python eval.py niah --ckpt out/ckpt.pt --lengths 128,131072     needle accuracy by context length
-    python eval.py plot drt.json base.json --out niah.png           .. as a picture, from niah's --json
+    python eval.py speed --lengths 16384,1048576                    reading and generating, by context length
+    python eval.py sample --prompt 'import os' --tokens 200         continue a text
+    python eval.py plot drt.json base.json --out niah.png           pictures of what --json wrote
 """
+import codecs
 import json
 import platform
 import resource
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EVALUATION, NeedleTask, Parser, load_corpus, needle_batch
-from model import Memory, load_checkpoint
+from data import EVALUATION, NeedleTask, Parser, encode_bytes, load_corpus, needle_batch
+from model import DRT, DRTConfig, Memory, load_checkpoint
 
 
 def pick_device(name):
@@ -37,6 +42,8 @@ def hardware(device):
 def print_table(rows):
     """Rows are dicts with the same keys; the keys are the header."""
     def text(x):
+        if isinstance(x, str):
+            return x
         return f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if x >= 1000 else f"{x:.2f}"
 
     table = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
@@ -70,7 +77,8 @@ def niah_length(model, text, task, length, questions, seed, device):
         tokens, answers, at = map(torch.from_numpy, needle_batch(text, task, rng, batch, length))
         tokens, at = tokens.to(device), at.to(device)
         if i == 0 and device.type == "cuda":                    # compile before the clock runs
-            warm_up(model, tokens)
+            with torch.autocast("cuda", torch.bfloat16):
+                warm_up(model, tokens)
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model.read(tokens, Memory(model, batch, capacity=length), at)
@@ -86,10 +94,14 @@ def niah_length(model, text, task, length, questions, seed, device):
 def warm_up(model, tokens):
     """Compile what reading these tokens takes: whole segments, and the last one."""
     size = model.segment(len(tokens))
-    with torch.autocast("cuda", torch.bfloat16):
-        model.read(tokens[:, :min(2, tokens.shape[1] // size) * size + tokens.shape[1] % size],
-                   Memory(model, len(tokens)), "last")
-    torch.cuda.synchronize()
+    model.read(tokens[:, :min(2, tokens.shape[1] // size) * size + tokens.shape[1] % size],
+               Memory(model, len(tokens)), "last")
+    synchronize(tokens.device)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def default_questions(length, n_needle, device):
@@ -117,20 +129,147 @@ def niah(model, corpus, task, lengths, questions, seed, device):
     return rows
 
 
+# ---------------------------------------------------------------- speed and memory
+
+class FullAttention(DRT):
+    """For comparison: the base LM with plain causal attention to everything, in a cache of a fixed size."""
+
+    def read(self, tokens, cache, length):
+        """tokens (B, n) at positions length .. length+n-1, n = 1 unless length is 0: last token's logits."""
+        stop, x = length + tokens.shape[1], self.embedding(tokens)
+        for layer, (keys, values) in zip(self.layers, cache, strict=True):
+            q, keys[:, :, length:stop], values[:, :, length:stop] = layer.attention.heads(layer.norm1(x))
+            out = F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop],
+                                                 is_causal=length == 0, enable_gqa=True)
+            x = x + layer.attention.out(out.transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.norm2(x))
+        return self.head(self.norm(x[:, -1]))
+
+    def cache(self, batch_size, room):
+        p, config = self.embedding.weight, self.config
+        shape = batch_size, config.n_kv_head, room, config.n_embd // config.n_head
+        return [(p.new_empty(shape), p.new_empty(shape)) for _ in range(config.n_layer)]
+
+
+def time_drt(model, tokens, n_new, offload):
+    """Seconds to read the tokens; milliseconds for each of n_new generated ones; bytes of the memory."""
+    device, text = tokens.device, model.config.chunk_size - 1
+    warm_up(model, tokens)
+    memory = Memory(model, offload=offload, capacity=tokens.shape[1] + n_new + 4 * text)
+    start = time.perf_counter()
+    model.read(tokens, memory, "last")
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    new = model.generate(tokens[:, :1], n_new + text, memory=memory)
+    for _ in range(text):                                       # a chunk, to record the graph
+        next(new)
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(n_new):
+        next(new)
+    synchronize(device)
+    hit_rate = 100 * memory.cache.hit_rate if memory.cache else 0.0
+    return seconds, 1000 * (time.perf_counter() - start) / n_new, memory.nbytes, hit_rate
+
+
+def time_full_attention(model, tokens, n_new, _):
+    """The same; its decoding step is timed as a CUDA graph too, replayed at the same position."""
+    device, n = tokens.device, tokens.shape[1]
+    cache, token = model.cache(1, n + 1), tokens[:, :1]
+    model.read(tokens[:, :64], cache, 0)
+    synchronize(device)
+    start = time.perf_counter()
+    model.read(tokens, cache, 0)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+
+    def step():
+        return model.read(token, cache, n)
+
+    step()
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        step = graph.replay
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(n_new):
+        step()
+    synchronize(device)
+    ms, size = 1000 * (time.perf_counter() - start) / n_new, sum(x.nbytes for pair in cache for x in pair)
+    return seconds, ms, dict(gpu=size, cpu=0) if device.type == "cuda" else dict(gpu=0, cpu=size), 0.0
+
+
+FULL_ATTENTION_LIMIT = 2 ** 18              # its reading time grows with the square of the length
+
+
+@torch.no_grad()
+def speed(model, lengths, n_new, offload, compare, seed, device):
+    """One row a context length and model, of random tokens: what tokens say makes no difference to speed."""
+    models = [("DRT, offloaded" if offload else "DRT", model, time_drt)]
+    if compare:
+        base = replace(model.config, n_group=0, n_layer=model.config.n_layer + 2)
+        dtype = model.embedding.weight.dtype
+        models += [("base LM", DRT(base).to(device, dtype).eval(), time_drt),
+                   ("full attention", FullAttention(base).to(device, dtype).eval(), time_full_attention)]
+    rows, generator = [], torch.Generator(device).manual_seed(seed)
+    for length in lengths:
+        tokens = torch.randint(model.config.vocab_size, (1, length), device=device, generator=generator)
+        for name, subject, timed in models:
+            if timed is time_full_attention and length > FULL_ATTENTION_LIMIT:
+                continue
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            seconds, ms, size, hit_rate = timed(subject, tokens, n_new, offload)
+            rows.append(dict(
+                model=name, parameters=sum(p.numel() for p in subject.parameters()), length=length,
+                read_seconds=seconds, read_tokens_per_second=length / seconds, ms_per_new_token=ms,
+                memory_gpu_gib=size["gpu"] / 2 ** 30, memory_cpu_gib=size["cpu"] / 2 ** 30,
+                cache_hits_percent=hit_rate, **peak_memory(device)))
+    print_table(rows)
+    return rows
+
+
+# ---------------------------------------------------------------- samples
+
+def continue_text(model, text, n_new, how, offload, device):
+    """Write a continuation of the text to the terminal, token by token, as it comes."""
+    tokens = torch.from_numpy(encode_bytes(text).astype(np.int64)).to(device)
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for token in model.generate(tokens[None], n_new, *how, pad=ord("\n"), offload=offload):
+            print(decoder.decode(bytes(token.tolist())), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+# ---------------------------------------------------------------- pictures
+
 def plot(reports, path):
-    """Token accuracy by context length, a curve for each file that niah --json wrote."""
+    """Token accuracy by context length, a curve for each file that niah --json wrote; or speed's times."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from error
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for report in reports:
-        rows = json.loads(report.read_text())["rows"]
-        x, y = [row["length"] for row in rows], [row["token_accuracy"] for row in rows]
-        axes.plot(x, y, "o-", label=report.stem)
-    axes.set(xscale="log", ylim=(-3, 103), xlabel="tokens of context", ylabel="answer tokens right, %")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    tables = {report.stem: json.loads(report.read_text())["rows"] for report in reports}
+    if "token_accuracy" in next(iter(tables.values()))[0]:
+        panels, curves = dict(token_accuracy="answer tokens right, %"), tables
+    else:
+        panels = dict(read_tokens_per_second="tokens read per second", ms_per_new_token="ms per new token",
+                      peak_gpu_gib="GPU memory, GiB")
+        curves = {}
+        for row in (row for rows in tables.values() for row in rows):
+            curves.setdefault(row["model"], []).append(row)
+    figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.6) if len(panels) == 1 else (11, 3.4),
+                                layout="constrained", squeeze=False)
+    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
+        for name, rows in curves.items():
+            axis.plot([row["length"] for row in rows], [row[key] for row in rows], "o-", label=name)
+        axis.set(xscale="log", xlabel="tokens of context", ylabel=label)
+        axis.set(ylim=(-3, 103)) if key == "token_accuracy" else axis.set(yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
     figure.savefig(path, dpi=150)
 
 
@@ -140,53 +279,109 @@ def make_parser():
     parser = Parser(description="Measure a trained DRT.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     niah = commands.add_parser("niah", description="Needle accuracy by context length, on unseen text.")
-    niah.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="checkpoint (%(default)s)")
     niah.add_argument("--lengths", type=lengths, default=None, help="tokens of context, separated by commas; "
                       "default: the training length times 1, 4, 16, .. 1024")
     niah.add_argument("--questions", type=int, default=None, help="questions at each length; default: "
                       "240, and fewer, at least 32, in long contexts")
-    niah.add_argument("--seed", type=int, default=0, help="of needles, places and text (%(default)s)")
-    niah.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
-    niah.add_argument("--json", type=Path, default=None, help="write settings, hardware and rows here")
-    plot = commands.add_parser("plot", description="Draw the results of `niah --json` (needs matplotlib).")
-    plot.add_argument("reports", type=Path, nargs="+", help="files that niah --json wrote: a curve for each")
+    speed = commands.add_parser("speed", description="Time and memory of reading and of generating, by "
+                                "context length, on random tokens; without --ckpt with random weights.")
+    speed.add_argument("--lengths", type=lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
+                       help="tokens of context, separated by commas (4096 to 1048576)")
+    speed.add_argument("--tokens", type=int, default=512, help="tokens to generate (%(default)s)")
+    speed.add_argument("--compare", action="store_true", help="also a base LM and a full-attention model, "
+                       "with two layers more")
+    speed.add_fields(fields(DRTConfig))
+    sample = commands.add_parser("sample", description="Continue a text.")
+    text = sample.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text")
+    text.add_argument("--file", type=Path, help="a file that holds it, of any length")
+    sample.add_argument("--tokens", type=int, default=200, help="how many to add (%(default)s)")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
+    sample.add_argument("--sample_top_k", type=int, default=None, help="among the k likeliest tokens")
+    sample.add_argument("--sample_top_p", type=float, default=None, help="among the likeliest that hold p")
+    for command in (speed, sample):
+        command.add_argument("--offload", action="store_true", help="keep chunks in CPU memory")
+    for command in (niah, speed, sample):
+        command.add_argument("--ckpt", type=Path, default=None, help="checkpoint; default: "
+                             + ("random weights" if command is speed else "out/ckpt.pt"))
+        command.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+        command.add_argument("--device", default="auto", help="cpu or cuda; default: cuda if there is a GPU")
+        if command is not sample:
+            command.add_argument("--json", type=Path, help="write settings, hardware and rows here")
+    plot = commands.add_parser("plot", description="Draw what niah or speed --json wrote (needs matplotlib).")
+    plot.add_argument("reports", type=Path, nargs="+", help="the files: a curve for each, or for each model")
     plot.add_argument("--out", type=Path, default=Path("niah.png"), help="the picture (%(default)s)")
     return parser
 
 
 def lengths(text):
-    return [int(x.replace("_", "")) for x in text.split(",")]
+    values = [int(x.replace("_", "")) for x in text.split(",")]
+    if min(values) < 1:
+        raise ValueError
+    return values
+
+
+def check(args):
+    if args.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {args.seed}")
+    for name in ("questions", "tokens"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if getattr(args, "json", None) and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: no folder {args.json.parent} to write {args.json.name} to")
 
 
 def main(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.command == "plot":
-        try:
-            return plot(args.reports, args.out)
-        except (ValueError, KeyError, OSError) as error:
-            parser.error(error)
     try:
+        if args.command == "plot":
+            return plot(args.reports, args.out)
+        check(args)
         device = pick_device(args.device)
-        model, saved = load_checkpoint(args.ckpt, device)
-        settings = saved["settings"]
-        n_needle = 1 if settings["needle"] == "single" else settings["n_needle"]
-        task = NeedleTask(settings["chunk_size"], n_needle, settings["n_value"], settings["straddle"])
-        args.lengths = args.lengths or lengths_from(settings["seq_len"])
-        if args.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {args.seed}")
-        if args.questions is not None and args.questions < 1:
-            raise ValueError(f"--questions must be at least 1, got {args.questions}")
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise ValueError(f"--json: no folder {args.json.parent} to write {args.json.name} to")
-        for length in args.lengths:
-            task.fit(length)
-        corpus = load_corpus(settings["data"])
-    except (ValueError, OSError) as error:
+        torch.manual_seed(args.seed)
+        settings, rows = dict(niah=run_niah, speed=run_speed, sample=run_sample)[args.command](args, device)
+    except (ValueError, KeyError, OSError) as error:
         parser.error(error)
-    rows = niah(model, corpus, task, args.lengths, args.questions, args.seed, device)
-    if args.json:
+    if rows and args.json:
         save_json(args.json, settings, device, rows)
+
+
+def run_niah(args, device):
+    model, saved = load_checkpoint(args.ckpt or Path("out/ckpt.pt"), device)
+    settings = saved["settings"]
+    n_needle = 1 if settings["needle"] == "single" else settings["n_needle"]
+    task = NeedleTask(settings["chunk_size"], n_needle, settings["n_value"], settings["straddle"])
+    args.lengths = args.lengths or lengths_from(settings["seq_len"])
+    for length in args.lengths:
+        task.fit(length)
+    corpus = load_corpus(settings["data"])
+    return settings, niah(model, corpus, task, args.lengths, args.questions, args.seed, device)
+
+
+def run_speed(args, device):
+    given = {f.name: getattr(args, f.name) for f in fields(DRTConfig) if getattr(args, f.name) is not None}
+    if args.ckpt and given:
+        raise ValueError(f"--{next(iter(given))} must be left out with --ckpt, which says it")
+    if args.ckpt:
+        model, weights = load_checkpoint(args.ckpt, device)[0], f"weights of {args.ckpt}"
+    else:
+        model, weights = DRT(DRTConfig(**given)).to(device), "random weights"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(f"{hardware(device)}; {weights}, {str(dtype)[6:]}; batch 1")
+    model = model.to(dtype).eval()
+    rows = speed(model, args.lengths, args.tokens, args.offload, args.compare, args.seed, device)
+    return dict(vars(model.config), weights=weights), rows
+
+
+def run_sample(args, device):
+    model, saved = load_checkpoint(args.ckpt or Path("out/ckpt.pt"), device)
+    text = args.file.read_text() if args.file else args.prompt
+    if not text:
+        raise ValueError(f"{'--file' if args.file else '--prompt'} must hold some text, got none")
+    how = args.temperature, args.sample_top_k, args.sample_top_p
+    continue_text(model.eval(), text, args.tokens, how, args.offload, device)
+    return saved["settings"], None
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: to
     forward_kernel[(n_part * n_program,)](
         *descriptors(options["ROWS"], q), *descriptors(options["KEYS"], k, v), weights.float().contiguous(),
         indices.contiguous(), *descriptors(options["ROWS"], out), scale, n_slot, n_part, B, Cq, Sq, Sk, Hq,
-        **options)
+        **options, maxnreg=96 if options["num_stages"] == 2 and q.shape[-1] <= 64 else None)
     return out if n_part == 1 else out.view(n_part, *q.shape).sum(0).to(q.dtype)
 
 

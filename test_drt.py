@@ -15,7 +15,8 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # as test_gca.py needs it, before either imports triton
 
-import model as model_module  # noqa: I001
+import eval as evaluation  # noqa: I001
+import model as model_module
 import train as train_module
 from data import NeedleTask, decode_bytes, encode_bytes, load_corpus, needle_batch
 from inference import ChunkCache, Page, sample
@@ -515,6 +516,38 @@ def test_eval_niah(run):
     assert "1,000" in done.stdout and [row["length"] for row in rows] == [128, 1000]
     assert {"length", "questions", "token_accuracy", "exact_match", "seconds", "tokens_per_second",
             "peak_gpu_gib"} <= set(rows[0]) and rows[0]["questions"] == 8
+
+
+def test_eval_speed(tmp_path):
+    out = tmp_path / "speed.json"
+    done = command("eval.py", "speed", "--lengths", "50,1000", "--tokens", 20, "--compare", "--json", out,
+                   "--n_embd", 32, "--offload", "--device", DEVICE.type)
+    rows = json.loads(out.read_text())["rows"]
+    assert "random weights" in done.stdout and [row["length"] for row in rows] == [50] * 3 + [1000] * 3
+    assert len({row["model"] for row in rows}) == 3
+    assert all(row["read_seconds"] > 0 and row["ms_per_new_token"] > 0 for row in rows)
+    error = command("eval.py", "speed", "--n_embd", 65, "--n_head", 4, status=2).stderr
+    assert error == "error: n_embd must be a multiple of n_head, got 65 and 4\n"
+
+
+def test_full_attention_reads_and_decodes_alike():
+    model = evaluation.FullAttention(DRTConfig(n_group=0, n_layer=3)).to(DEVICE)
+    tokens, cache = random_tokens(1, 40), model.cache(1, 40)
+    with torch.no_grad():
+        whole = model.read(tokens, model.cache(1, 40), 0)
+        model.read(tokens[:, :39], cache, 0)
+        torch.testing.assert_close(model.read(tokens[:, 39:], cache, 39), whole, atol=1e-4, rtol=0)
+
+
+def test_eval_sample(run, tmp_path):
+    (tmp_path / "text").write_text("import os\n" * 50)
+    line = ["eval.py", "sample", "--ckpt", run / "ckpt.pt", "--tokens", 30, "--device", DEVICE.type]
+    first, again = (command(*line, "--file", tmp_path / "text", "--seed", 3).stdout for _ in range(2))
+    assert first == again and len(first) > 20
+    error = command(*line, "--prompt", "", status=2).stderr
+    assert error == "error: --prompt must hold some text, got none\n"
+    assert "temperature must be at least 0" in command(*line, "--prompt", "x", "--temperature", -1,
+                                                       status=2).stderr
 
 
 def test_resume_continues_as_if_never_stopped(tmp_path, monkeypatch):

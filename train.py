@@ -7,7 +7,6 @@ A plain loop: draw a batch, step, log. The context starts short and doubles when
 retrieval is learned within minutes when there are few chunks to choose from, and then carries over to many.
 Writes to --out: ckpt.pt; log.csv, one row a step; and niah.json, the table it ends with.
 """
-import argparse
 import csv
 import math
 import sys
@@ -62,26 +61,18 @@ COLUMNS = ("step", *METRICS, "lr", "seq_len", "batch_size", "tokens_per_second",
 
 # ---------------------------------------------------------------- settings
 
-def boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
-    return text.lower() == "true"
-
-
 def make_parser():
     parser = Parser(allow_abbrev=False, description="Train a DRT to find needles in text, then measure it.")
     parser.add_argument("--preset", choices=PRESETS, help="settings of a known run; default: by the device")
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to; default: out")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
-    choices = dict(task=["niah"], needle=["multi", "single"])
+    helps = {}
     for field in FIELDS:
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
-        same = len(set(values.values())) == 1
-        default = field.default if same else ", ".join(f"{value} ({name})" for name, value in values.items())
-        kind = boolean if type(field.default) is bool else type(field.default)
-        parser.add_argument(f"--{field.name}", type=kind, choices=choices.get(field.name),
-                            help=f"default: {default}")
+        if len(set(values.values())) > 1:
+            helps[field.name] = "default: " + ", ".join(f"{value} ({name})" for name, value in values.items())
+    parser.add_fields(FIELDS, dict(task=["niah"], needle=["multi", "single"]), helps)
     return parser
 
 
