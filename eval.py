@@ -160,8 +160,8 @@ def time_drt(model, tokens, n_new, offload):
     model.read(tokens, memory, "last")
     synchronize(device)
     seconds = time.perf_counter() - start
-    new = model.generate(tokens[:, :1], n_new + text, memory=memory)
-    for _ in range(text):                                       # a chunk, to record the graph
+    new = model.generate(tokens[:, :1], n_new + 2 * text, memory=memory)
+    for _ in range(2 * text):                                   # two chunks, to compile and record the graph
         next(new)
     synchronize(device)
     start = time.perf_counter()

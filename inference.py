@@ -28,6 +28,7 @@ if triton:
     import triton.language as tl
 
 FORMAT = "DRT memory 1"
+PINNED_BYTES = 2 ** 32      # of a page's keys, at most: torch rounds pinned memory up to the next power of 2
 
 
 # ---------------------------------------------------------------- between CPU and GPU memory
@@ -53,7 +54,7 @@ def copying(device):
 def gather_kernel(Source, Target, Rows, Chunks, Slots, row_stride, n, BLOCK: tl.constexpr):
     """Target[slot] = Source[row, chunk], n numbers each. The GPU reads Source in pinned CPU memory."""
     i = tl.program_id(0)
-    row, chunk, slot = (tl.load(X + i).to(tl.int64) for X in (Rows, Chunks, Slots))
+    row, chunk, slot = tl.load(Rows + i), tl.load(Chunks + i), tl.load(Slots + i)          # int64
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(Source + row * row_stride + chunk * n + at, mask=at < n)
     tl.store(Target + slot * n + at, x, mask=at < n)
@@ -157,6 +158,9 @@ class ChunkCache:
                 for stored, cached in zip(page.tensors[1:], (self.k, self.v), strict=True):
                     gather_chunks(stored, (keys % B)[here], chunks[here], cached[0], slots[here])
                 first += page.used
+        for x in (keys, slots):
+            if x.is_cuda:
+                x.record_stream(copy_stream(x.device))          # not to be reused before it was read there
 
     def make_room(self, n_slot, n_key, page, device):
         if self.k is None or n_slot > self.k.shape[1]:          # a cache that is too small starts again
@@ -210,18 +214,30 @@ class Memory:
         if not n_new and self.pages:
             return
         if not (self.is_own and self.pages[-1].used + n_new <= self.pages[-1].tensors[0].shape[1]):
-            old = [self.pages.pop()] if self.is_own else []     # outgrown: its chunks move to the new page
-            total = n_new + sum(page.used for page in old)
-            room = 2 * total
-            if self.capacity and not self.pages:
-                room = max(total, self.capacity // (self.model.config.chunk_size - 1))
-            new = Page.like(tensors, room, self.cache is not None)
-            for page in old:
-                if self.cache:
-                    torch.cuda.synchronize()                    # its chunks have arrived in CPU memory
-                new.write(page.closed().tensors)
-            self.pages, self.is_own = [*self.pages, new], True
+            self.open_page(tensors, n_new)
         self.pages[-1].write(tensors)
+
+    def open_page(self, tensors, n_new):
+        """A new last page, so that reading n chunks takes O(n) time in all.
+
+        On the model's device, the chunks of an outgrown page move to one of twice the size: GCA is then one
+        call. Pages in CPU memory stay where they are, and get company.
+        """
+        old, total = None, self.chunks
+        if self.cache and self.is_own:
+            self.pages[-1] = self.pages[-1].closed()
+        elif self.is_own:
+            old = self.pages.pop()
+            n_new += old.used
+        room = 2 * n_new
+        if self.capacity and not self.pages:
+            room = max(n_new, self.capacity // (self.model.config.chunk_size - 1))
+        if self.cache:
+            room = max(n_new, min(max(room, total), PINNED_BYTES // tensors[1][0, :1].nbytes if n_new else 0))
+        new = Page.like(tensors, room, self.cache is not None)
+        if old:
+            new.write(old.closed().tensors)
+        self.pages, self.is_own = [*self.pages, new], True
 
     def serve(self, g, indices):
         """Where GCA finds the chunks that group g retrieved, indices (B, n, K).
@@ -403,15 +419,17 @@ def as_batches(model, prompts, pad, memory, offload):
 @torch.no_grad()
 def decode(model, batches, max_new_tokens, how, stop):
     """The loop of DRT.generate: batches from as_batches; how: temperature, top_k, top_p."""
-    device, n_prompt = batches[0][1].device, sum(len(which) for which, _, _ in batches)
+    device, n_prompt = batches[0][1].device, sum(len(tokens) for _, tokens, _ in batches)
     stop, ended = torch.tensor(stop, device=device), torch.full((n_prompt,), False, device=device)
-    new, steps = torch.full((n_prompt,), -1, device=device), [GraphedStep(model) for _ in batches]
+    order = torch.tensor([i for which, _, _ in batches for i in which], device=device).argsort()
+    steps = [GraphedStep(model) for _ in batches]
+    drawn = [tokens for _, tokens, _ in batches]
     for n in range(max_new_tokens):
-        for (which, tokens, memory), step in zip(batches, steps, strict=True):
-            tokens = new[which, None] if n else tokens
-            fits = n and step.fits(memory)
-            logits = step(tokens, memory) if fits else model.read(tokens, memory, "last")
-            new[which] = sample(logits, *how)
+        for i, (_, _, memory) in enumerate(batches):
+            fits = n and steps[i].fits(memory)
+            logits = steps[i](drawn[i], memory) if fits else model.read(drawn[i], memory, "last")
+            drawn[i] = sample(logits, *how)[:, None]
+        new = torch.cat(drawn)[order, 0]
         yield new.masked_fill(ended, -1)
         if len(stop):
             ended |= torch.isin(new, stop)

