@@ -82,7 +82,7 @@ class Page:
     def like(cls, tensors, room, offload):
         """An empty page with room for `room` chunks like these; offload: keys and values in pinned memory."""
         def empty(x, to_cpu):
-            options = dict(device="cpu", pin_memory=True) if to_cpu else dict(device=x.device)
+            options = dict(device="cpu", pin_memory=torch.cuda.is_available()) if to_cpu else dict(device=x.device)
             return torch.empty(x.shape[0], room, *x.shape[2:], dtype=x.dtype, **options)
 
         return cls([empty(x, offload and i > 0) for i, x in enumerate(tensors)])
@@ -249,7 +249,8 @@ class Memory:
         known, generation, served = self.served.get(g, (None, None, None))
         if known is not indices or generation != self.cache.generation:        # not the same as a token ago
             slots = self.cache.fetch(self.pages, indices)
-            served = [(self.cache.k, self.cache.v)], slots, copy_stream(self.device).record_event()
+            event = copy_stream(self.device).record_event() if self.device.type == "cuda" else None
+            served = [(self.cache.k, self.cache.v)], slots, event
             self.served[g] = indices, self.cache.generation, served
         return served
 
@@ -305,8 +306,8 @@ class Memory:
 
     def save(self, path):
         """Write everything to a file, atomically. Memory.load reads it, for the same model, on any device."""
-        if self.cache:
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()                            # chunks may still be on their way
         chunks = [torch.cat([x.cpu() for x in parts], dim=1)
                   for parts in zip(*(page.closed().tensors for page in self.pages), strict=True)]
         state = dict(format=FORMAT, config=asdict(self.model.config), weights=fingerprint(self.model),

@@ -72,24 +72,28 @@ def alibi_slopes(n_head):
     return torch.tensor(slopes)
 
 
-@lru_cache(maxsize=32)
-def band_bias(n_query, n_key, window, slopes, dtype):
+def band_bias(n_query, n_key, window, slopes):
     """ALiBi inside the window, -inf outside; queries are the last of the keys: (H, n_query, n_key)."""
     query = torch.arange(n_key - n_query, n_key, device=slopes.device)
     distance = query[:, None] - torch.arange(n_key, device=slopes.device)
     bias = -slopes[:, None, None] * distance
-    return bias.masked_fill((distance < 0) | (distance >= window), float("-inf")).to(dtype)
+    return bias.masked_fill((distance < 0) | (distance >= window), float("-inf"))
 
 
 def dense_attention(q, k, v, window, slopes):
     """Every key against every query, then the band: for few queries."""
-    if q.shape[2] == 1:                 # generation; SDPA takes 32 us for it on an H200 where these take 15
-        bias = band_bias(1, k.shape[2], window, slopes, torch.float32).view(k.shape[1], -1, k.shape[2])
-        q = q.unflatten(1, (k.shape[1], -1))[..., 0, :].float()                 # (B, Hkv, H / Hkv, D)
-        p = (q @ k.float().mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
-        return (p.to(v.dtype) @ v).flatten(1, 2)[:, :, None]
-    bias = band_bias(q.shape[2], k.shape[2], window, slopes, q.dtype)
+    bias = band_bias(q.shape[2], k.shape[2], window, slopes).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+
+
+def one_query_attention(q, k, v, bias):
+    """The last position's query alone, in generation, where SDPA with a bias keeps most of a GPU waiting.
+
+    q (B, H, 1, D); k, v (B, Hkv, m, D); bias (H, W + 1): band_bias of one query and the longest past.
+    """
+    q = q.unflatten(1, (k.shape[1], -1))[..., 0, :].float()                             # (B, Hkv, H / Hkv, D)
+    scores = q @ k.float().mT * q.shape[-1] ** -0.5 + bias[:, -k.shape[2]:].unflatten(0, (k.shape[1], -1))
+    return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]
 
 
 def banded_attention(q, k, v, window, slopes):
@@ -170,7 +174,10 @@ class SelfAttention(nn.Module):
         width = (config.n_head + 2 * config.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(config.n_embd, width, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
+        slopes = alibi_slopes(config.n_head)
+        self.register_buffer("slopes", slopes, persistent=False)
+        bias = band_bias(1, self.window + 1, self.window, slopes)[:, 0]
+        self.register_buffer("bias", bias, persistent=False)
 
     def heads(self, x):                      # (B, n, d) -> (B, H, n, D), (B, Hkv, n, D) twice
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -181,7 +188,10 @@ class SelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        out = window_attention(q, k, v, self.window, self.slopes)
+        if past is not None and x.shape[1] == 1:
+            out = one_query_attention(q, k, v, self.bias)
+        else:
+            out = window_attention(q, k, v, self.window, self.slopes)
         return self.out(out.transpose(1, 2).flatten(2)), (k, v)
 
     def inside(self, x):

@@ -26,9 +26,11 @@ from model import (
     Grid,
     Memory,
     alibi_slopes,
+    band_bias,
     banded_attention,
     dense_attention,
     load_checkpoint,
+    one_query_attention,
     retrieve,
     save_checkpoint,
     window_attention,
@@ -68,6 +70,11 @@ def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window,
     arguments = [x.to(DEVICE) for x in (q, k, v)] + [window, slopes.to(DEVICE)]
     for function in (dense_attention, window_attention) + ((banded_attention,) if n > window else ()):
         torch.testing.assert_close(function(*arguments).cpu(), out, atol=2e-5, rtol=1e-4)
+    if past <= window:                                      # the last query alone, as in generation
+        k, v = (x[:, :, -window - 1:] for x in arguments[1:3])
+        bias = band_bias(1, window + 1, window, slopes)[:, 0].to(DEVICE)
+        last = one_query_attention(arguments[0][:, :, -1:], k, v, bias)
+        torch.testing.assert_close(last.cpu(), out[:, :, -1:], atol=2e-5, rtol=1e-4)
 
 
 def test_alibi_slopes():
@@ -325,6 +332,19 @@ def test_cache_holds_the_chunks_that_were_asked_for():
     misses = cache.wanted - cache.hits
     cache.fetch(pages, indices)                                    # again: all of them are there
     assert cache.wanted - cache.hits == misses
+
+
+@pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2, n_kv_head=1)])
+@pytest.mark.parametrize("pieces", [[403], [1] * 403, [7, 100, 1, 1, 1, 93, 200]])
+def test_reading_through_the_cache_is_forward(config, pieces):
+    """Also where there is no GPU: a memory with a cache keeps its chunks in pages that never move."""
+    model, tokens = tiny(**config), random_tokens(2, 403)
+    memory = Memory(model, 2)
+    memory.cache = ChunkCache(model.config.n_group)
+    logits = torch.cat([model.read(piece, memory) for piece in tokens.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens)[0], atol=1e-4, rtol=0)
+    assert len(memory.pages) == {1: 1, 403: 6, 7: 3}[len(pieces)]
+    assert len(pieces) == 1 or memory.cache.hit_rate > 0
 
 
 @pytest.mark.parametrize("offload", OFFLOAD)
