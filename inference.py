@@ -82,8 +82,8 @@ class Page:
     def like(cls, tensors, room, offload):
         """An empty page with room for `room` chunks like these; offload: keys and values in pinned memory."""
         def empty(x, to_cpu):
-            options = dict(device="cpu", pin_memory=torch.cuda.is_available()) if to_cpu else dict(device=x.device)
-            return torch.empty(x.shape[0], room, *x.shape[2:], dtype=x.dtype, **options)
+            device, pin = ("cpu", torch.cuda.is_available()) if to_cpu else (x.device, False)
+            return torch.empty(x.shape[0], room, *x.shape[2:], dtype=x.dtype, device=device, pin_memory=pin)
 
         return cls([empty(x, offload and i > 0) for i, x in enumerate(tensors)])
 
