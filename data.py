@@ -1,6 +1,7 @@
 """Text, and the needles hidden in it.
 
 Corpora: `stdlib` is the running Python's own library source, as bytes: real text without a download.
+`python data.py text FOLDER --out data/mine` makes one of .txt files, for `train.py --data data/mine`.
 
 The needle task is the paper's NIAH protocol (Sec. 4) in a form that a small model learns in minutes. Several
 named needles are hidden in real text, and as many questions are asked at its end (chunk borders shown as //):
@@ -12,17 +13,23 @@ The question has to *end* a chunk because it is that chunk's landmark which retr
 next. The colon after it belongs to the question: it is the first token to see what was retrieved, and
 predicts the answer.
 
-Run `python data.py` to see an example.
+Run `python data.py show` to see an example.
 """
 import argparse
+import hashlib
+import json
+import multiprocessing
+import os
 import string
 import sys
 import sysconfig
 import zlib
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 # Every random draw is a pure function of (stream, seed, step or length), so training can resume exactly and
 # evaluation never meets training's needles.
@@ -41,17 +48,47 @@ def decode_bytes(tokens):
     return bytes(tokens).decode(errors="backslashreplace")
 
 
+class Tokenizer(NamedTuple):
+    encode: object          # text -> token ids
+    vocab_size: int
+    separator: int          # between documents
+
+
+@lru_cache
+def load_tokenizer(name):
+    """`bytes`, or tiktoken's `gpt2`; ValueError if that cannot be had."""
+    if name == "bytes":
+        return Tokenizer(encode_bytes, 256, 0)
+    try:
+        import tiktoken
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as error:                      # of the network, in many shapes
+        raise ValueError("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
+                         "holds tiktoken's files for it, or use --tokenizer bytes") from error
+    return Tokenizer(gpt2.encode_ordinary, gpt2.n_vocab, gpt2.eot_token)
+
+
 class Corpus(NamedTuple):
     train: np.ndarray       # token ids, one document after the other
     val: np.ndarray         # of other documents
     vocab_size: int
+    tokenizer: str = "bytes"
 
 
 def load_corpus(name):
-    """The corpus called name; ValueError if there is none."""
-    if name != "stdlib":
-        raise ValueError(f"--data must be 'stdlib' (the only corpus so far), got {name!r}")
-    return stdlib_corpus()
+    """`stdlib`, or a folder that `data.py text` made, read as it is needed; ValueError if there is none."""
+    if name == "stdlib":
+        return stdlib_corpus()
+    folder = Path(name)
+    if not (folder / "meta.json").is_file():
+        raise ValueError(f"--data must be 'stdlib' or a folder that `python data.py text` made, got {name!r}")
+    meta, splits = json.loads((folder / "meta.json").read_text()), []
+    for split in ("train", "val"):
+        path, wanted = folder / f"{split}.bin", meta["splits"].get(split, {}).get("tokens", 0)
+        if not path.is_file() or path.stat().st_size != 2 * wanted or not wanted:
+            raise ValueError(f"{path} must hold the {wanted} tokens that meta.json says: prepare it again")
+        splits.append(np.memmap(path, np.uint16, mode="r"))
+    return Corpus(*splits, meta["vocab_size"], meta["tokenizer"])
 
 
 def stdlib_corpus():
@@ -64,6 +101,77 @@ def stdlib_corpus():
             splits[zlib.crc32(name.encode()) % 8 == 0].append(path.read_bytes())
     train, val = (np.frombuffer(b"".join(files), np.uint8) for files in splits)
     return Corpus(train, val, 256)
+
+
+# ---------------------------------------------------------------- a folder of text -> a corpus
+
+def split_documents(folder):
+    """{split: paths} of a folder's .txt files: its own train, val and test, or one in twenty for val."""
+    splits = {name: sorted((folder / name).rglob("*.txt")) for name in ("train", "val", "test")}
+    if not splits["train"]:
+        files = sorted(folder.rglob("*.txt"))
+        if len(files) < 2:
+            raise ValueError(f"{folder} must hold at least two .txt files, a document each, got {len(files)}")
+        drawn = sorted(files, key=lambda path: zlib.crc32(path.relative_to(folder).as_posix().encode()))
+        n_val = max(1, len(files) // 20)
+        splits = dict(train=sorted(drawn[n_val:]), val=sorted(drawn[:n_val]))
+    if not splits["val"]:
+        raise ValueError(f"{folder}/val must hold .txt files, as {folder}/train does")
+    return {name: files for name, files in splits.items() if files}
+
+
+def tokenize(path, tokenizer, errors):
+    """One document's tokens and the separator, (n,) uint16; None if it is not UTF-8 text."""
+    tokenizer, data = load_tokenizer(tokenizer), path.read_bytes()
+    try:
+        text = data.decode(errors=errors)
+    except UnicodeDecodeError:
+        return None
+    if b"\0" in data:
+        return None
+    return np.append(tokenizer.encode(text), tokenizer.separator).astype(np.uint16)
+
+
+def prepare_text(folder, out, tokenizer, errors):
+    """Write out/train.bin, val.bin (and test.bin), uint16, and meta.json. A split that is there is kept."""
+    splits, kind = split_documents(folder), load_tokenizer(tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
+    old = json.loads((out / "meta.json").read_text()) if (out / "meta.json").is_file() else {}
+    for split, files in splits.items():
+        listing = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+        source = hashlib.sha256(json.dumps([tokenizer, errors, listing]).encode()).hexdigest()
+        done = old.get("splits", {}).get(split, {})
+        if done.get("source") != source or not (out / f"{split}.bin").is_file():
+            done = write_split(out / f"{split}.bin", files, tokenizer, errors) | dict(source=source)
+        meta["splits"][split] = done
+        write_atomically(out / "meta.json", json.dumps(meta, indent=1) + "\n")
+        print(f"{split}: {done['documents']:,} documents, {done['tokens']:,} tokens, "
+              f"{done['skipped']:,} skipped (not UTF-8 text)")
+
+
+def write_split(path, files, tokenizer, errors):
+    """Tokenize files, in order and in parallel, into one .bin; atomic. Returns counts and a hash."""
+    partial_path, digest = path.with_name(path.name + ".partial"), hashlib.sha256()
+    tokens = documents = 0
+    with multiprocessing.Pool() as pool, open(partial_path, "wb") as file:
+        work = pool.imap(partial(tokenize, tokenizer=tokenizer, errors=errors), files)
+        for document in tqdm(work, path.stem, len(files), unit="document"):
+            if document is not None:
+                file.write(document.tobytes())
+                digest.update(document.tobytes())
+                tokens, documents = tokens + len(document), documents + 1
+    if not documents:
+        partial_path.unlink()
+        raise ValueError(f"{files[0].parent} must hold UTF-8 text, got none; --errors replace takes others")
+    os.replace(partial_path, path)
+    return dict(tokens=tokens, documents=documents, skipped=len(files) - documents, sha256=digest.hexdigest())
+
+
+def write_atomically(path, text):
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(text)
+    os.replace(partial_path, path)
 
 
 # ---------------------------------------------------------------- the needle task
@@ -172,17 +280,32 @@ def boolean(text):
 
 
 def main():
-    parser = Parser(description="Show one context of the needle task, a line a chunk.")
-    parser.add_argument("--chunk_size", type=int, default=16, help="S, landmark included (%(default)s)")
-    parser.add_argument("--seq_len", type=int, default=128, help="tokens of context (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another context (%(default)s)")
-    args = parser.parse_args()
+    parser = Parser(description="Prepare a corpus, or look at the needle task.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    text = commands.add_parser("text", description="Tokenize a folder of .txt files, one document a file.")
+    text.add_argument("folder", type=Path, help="holds the files, or folders train, val and test that do")
+    text.add_argument("--out", type=Path, required=True, help="folder to write train.bin and val.bin to")
+    text.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2", help="default: %(default)s")
+    text.add_argument("--errors", choices=["strict", "replace"], default="strict",
+                      help="what is not UTF-8: skip the document, or replace the characters (%(default)s)")
+    show = commands.add_parser("show", description="Show one context of the needle task, a line a chunk.")
+    show.add_argument("--chunk_size", type=int, default=16, help="S, landmark included (%(default)s)")
+    show.add_argument("--seq_len", type=int, default=128, help="tokens of context (%(default)s)")
+    show.add_argument("--seed", type=int, default=0, help="another seed, another context (%(default)s)")
+    args = parser.parse_args(sys.argv[1:] or ["show"])
     try:
-        task = NeedleTask(args.chunk_size, n_needle=3, n_value=6).fit(args.seq_len)
-    except ValueError as error:
+        if args.command == "text":
+            prepare_text(args.folder, args.out, args.tokenizer, args.errors)
+        else:
+            show_task(args.chunk_size, args.seq_len, args.seed)
+    except (ValueError, OSError) as error:
         parser.error(error)
-    tokens, _, _ = needle_batch(stdlib_corpus().val, task, np.random.default_rng(args.seed), 1, args.seq_len)
-    for i in range(0, args.seq_len, task.text):
+
+
+def show_task(chunk_size, seq_len, seed):
+    task = NeedleTask(chunk_size, n_needle=3, n_value=6).fit(seq_len)
+    tokens, _, _ = needle_batch(stdlib_corpus().val, task, np.random.default_rng(seed), 1, seq_len)
+    for i in range(0, seq_len, task.text):
         print(f"{i // task.text:4}  {decode_bytes(tokens[0, i:i + task.text].astype(np.uint8))!r}")
 
 

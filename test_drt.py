@@ -469,6 +469,74 @@ def test_batches_are_a_function_of_their_stream():
     assert (draw[0] == draw[1]).all() and (draw[0] != draw[2]).any()
 
 
+def documents(folder, **texts):
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def test_a_folder_of_text_becomes_a_corpus(tmp_path):
+    texts = {f"book{i}": f"Book {i}, naïve. " * 200 for i in range(9)}
+    folder = documents(tmp_path / "books", **texts, latin=b"caf\xe9", binary=b"a\0b")
+    out = tmp_path / "corpus"
+    line = "data.py", "text", folder, "--out", out, "--tokenizer", "bytes"
+    command(*line)
+    corpus, meta = load_corpus(out), json.loads((out / "meta.json").read_text())
+    assert corpus.vocab_size == 256 and corpus.tokenizer == "bytes"
+    found = [decode_bytes(np.array(tokens, np.uint8)) for tokens in (corpus.train, corpus.val)]
+    assert sorted((found[0] + found[1]).split("\0")) == sorted(["", *texts.values()])
+    assert sum(split["skipped"] for split in meta["splits"].values()) == 2 and len(found[1]) < len(found[0])
+    written = (out / "train.bin").stat().st_mtime_ns
+    command(*line)                                                                 # nothing to do
+    assert (out / "train.bin").stat().st_mtime_ns == written
+    assert json.loads((out / "meta.json").read_text()) == meta
+    command(*line, "--errors", "replace")
+    assert json.loads((out / "meta.json").read_text())["splits"]["train"]["skipped"] == 1
+    text, task = load_corpus(out).train, NeedleTask(16, 3, 6)
+    tokens, _, _ = needle_batch(text, task, np.random.default_rng(0), 4, 128)
+    assert tokens.shape == (4, 128) and tokens.max() < 256
+    (out / "val.bin").write_bytes(b"xx")
+    with pytest.raises(ValueError, match="val.bin must hold the"):
+        load_corpus(out)
+
+
+def test_own_splits_are_kept(tmp_path):
+    folder = tmp_path / "books"
+    for split in ("train", "val", "test"):
+        documents(folder / split, one=f"the {split} text")
+    command("data.py", "text", folder, "--out", tmp_path / "out", "--tokenizer", "bytes")
+    for split in ("train", "val", "test"):
+        written = (tmp_path / "out" / f"{split}.bin").read_bytes()
+        assert written.decode("utf-16-le") == f"the {split} text\0"
+
+
+def test_gpt2_tokens(tmp_path):
+    folder = documents(tmp_path / "books", a="Hello world", b="Hello again")
+    done = subprocess.run([sys.executable, "data.py", "text", folder, "--out", tmp_path / "out"], cwd=HERE,
+                          capture_output=True, text=True, timeout=300)
+    if "set TIKTOKEN_CACHE_DIR" in done.stderr:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+        pytest.skip("the GPT-2 tokenizer can be neither downloaded nor found: set TIKTOKEN_CACHE_DIR")
+    corpus = load_corpus(tmp_path / "out")
+    assert corpus.vocab_size == 50257 and corpus.tokenizer == "gpt2"
+    assert sorted([corpus.train.tolist(), corpus.val.tolist()]) == [[15496, 757, 50256], [15496, 995, 50256]]
+    error = command("train.py", "--data", tmp_path / "out", "--out", tmp_path / "run", status=2).stderr
+    assert "must be prepared with --tokenizer bytes" in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("texts, message", [
+    (dict(), "must hold at least two .txt files"), (dict(one="x"), "got 1"),
+    (dict(one=b"\xff", two=b"\xfe"), "must hold UTF-8 text")])
+def test_preparation_mistakes_get_one_line(texts, message, tmp_path):
+    (tmp_path / "books").mkdir()
+    folder = documents(tmp_path / "books", **texts)
+    line = "data.py", "text", folder, "--out", tmp_path / "out", "--tokenizer", "bytes"
+    error = command(*line, status=2).stderr
+    assert message in error and error.splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.glob("out/*"))
+
+
 # ---------------------------------------------------------------- learning
 
 def test_a_tiny_model_learns_to_retrieve():
@@ -605,7 +673,7 @@ def stop_after(steps, function):
     ("--chunk_size 1", "chunk_size must be at least 2, got 1"),
     ("--chunk_size 12", "chunk_size must be at least 14 to hold a needle with a value of 6 bytes, got 12"),
     ("--seq_len 30", "seq_len must be at least 37 for a needle and its question in chunks of 16, got 30"),
-    ("--data nowhere", "--data must be 'stdlib' (the only corpus so far), got 'nowhere'"),
+    ("--data nowhere", "--data must be 'stdlib' or a folder that `python data.py text` made, got 'nowhere'"),
     ("--steps x", "argument --steps: invalid int value: 'x'"),
     ("--softmax_one maybe", "argument --softmax_one: must be true or false, got 'maybe'"),
     ("--steps 0", "--steps must be positive, got 0"),

@@ -31,7 +31,7 @@ class TrainConfig:
     n_needle: int = 3
     n_value: int = 6                # bytes in a needle's value
     straddle: bool = False          # True: needles lie anywhere; False: each inside one chunk
-    data: str = "stdlib"            # the text they are hidden in
+    data: str = "stdlib"            # the text they are hidden in: stdlib, or a folder that data.py made
     start_len: int = 64             # tokens in a context at first
     seq_len: int = 128              # tokens in a context at last
     grow_at: float = 0.9            # answer accuracy at which the context doubles
@@ -229,6 +229,9 @@ def main(argv=None):
         saved = load_checkpoint(args.out / "ckpt.pt", device)[1] if args.resume else None
         chosen = settings(args, device, saved)
         corpus = load_corpus(chosen["data"])
+        if corpus.tokenizer != "bytes":
+            raise ValueError(f"--data must be prepared with --tokenizer bytes for --task niah, "
+                             f"got {corpus.tokenizer} in {chosen['data']}")
         config = TrainConfig(**{f.name: chosen[f.name] for f in fields(TrainConfig)})
         names = [f.name for f in fields(DRTConfig) if f.name != "vocab_size"]
         model_config = DRTConfig(vocab_size=corpus.vocab_size, **{name: chosen[name] for name in names})
