@@ -418,7 +418,7 @@ def as_batches(model, prompts, pad, memory, offload):
 
 
 @torch.no_grad()
-def decode(model, batches, max_new_tokens, how, stop):
+def generate(model, batches, max_new_tokens, how, stop):
     """The loop of DRT.generate: batches from as_batches; how: temperature, top_k, top_p."""
     device, n_prompt = batches[0][1].device, sum(len(tokens) for _, tokens, _ in batches)
     stop, ended = torch.tensor(stop, device=device), torch.full((n_prompt,), False, device=device)

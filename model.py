@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gca import gca
-from inference import Memory, as_batches, check_generation, decode, save_atomically  # noqa: F401 (Memory)
+from inference import Memory, as_batches, check_generation, generate, save_atomically  # noqa: F401 (Memory)
 
 
 @dataclass
@@ -342,7 +342,7 @@ class Grid:
 
 SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream that DRT.read takes at once, and
 MAX_SCORES = 2 ** 26                # retrieval scores held at once: both bound the memory of reading
-GROUP = 64                          # scores of which the best stands for all, at first
+BUNDLE = 64                         # scores of which the best stands for all, at first
 
 
 def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
@@ -379,15 +379,15 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
 def top(x, k):
     """Indices of the k largest along the last axis (of all, if there are fewer).
 
-    Of many numbers, first the k groups with the largest maxima: no other group can hold one of the k largest.
+    Of many numbers, first the k bundles with the largest maxima: no other can hold one of the k largest.
     """
-    if x.shape[-1] < 64 * GROUP:
+    if x.shape[-1] < 64 * BUNDLE:
         return x.topk(min(k, x.shape[-1])).indices
-    groups = F.pad(x, (0, -x.shape[-1] % GROUP), value=float("-inf")).unflatten(-1, (-1, GROUP))
-    group = groups.amax(-1).topk(min(k, groups.shape[-2])).indices                     # (.., k)
-    inside = groups.gather(-2, group[..., None].expand(*group.shape, GROUP)).flatten(-2)
+    bundles = F.pad(x, (0, -x.shape[-1] % BUNDLE), value=float("-inf")).unflatten(-1, (-1, BUNDLE))
+    which = bundles.amax(-1).topk(min(k, bundles.shape[-2])).indices                   # (.., k)
+    inside = bundles.gather(-2, which[..., None].expand(*which.shape, BUNDLE)).flatten(-2)
     best = inside.topk(k).indices
-    return group.gather(-1, best // GROUP) * GROUP + best % GROUP
+    return which.gather(-1, best // BUNDLE) * BUNDLE + best % BUNDLE
 
 
 # ---------------------------------------------------------------- the model
@@ -541,7 +541,7 @@ class DRT(nn.Module):
         prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
         check_generation(prompts, self.config.vocab_size, max_new_tokens, *how, stop, pad)
         batches = as_batches(self, prompts, pad, memory, offload)
-        return decode(self, batches, max_new_tokens, how, stop)
+        return generate(self, batches, max_new_tokens, how, stop)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -110,13 +110,13 @@ def test_gumbel_noise_changes_the_choice_but_not_the_weights():
 
 
 def test_retrieval_in_blocks_is_one_big_retrieval(monkeypatch):
-    """Also in several pages, and with the groups that spare sorting all scores."""
+    """Also in several pages, and with the bundles that spare sorting all scores."""
     query, landmarks = torch.randn(2, 20, 8), torch.randn(2, 500, 8)
     scores = (query @ landmarks.mT / math.sqrt(8)).masked_fill(
         torch.arange(500) >= torch.arange(480, 500)[:, None], float("-inf"))
     best = scores.topk(4)
     monkeypatch.setattr(model_module, "MAX_SCORES", 40 * 100)
-    monkeypatch.setattr(model_module, "GROUP", 3)
+    monkeypatch.setattr(model_module, "BUNDLE", 3)
     weights, indices = retrieve(query, landmarks.split([170, 0, 310, 20], dim=1), 480, 4)
     assert torch.equal(indices, best.indices)
     torch.testing.assert_close(weights, best.values.softmax(-1))
@@ -124,7 +124,7 @@ def test_retrieval_in_blocks_is_one_big_retrieval(monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 7, 191, 192, 193, 1000])
 def test_top_finds_the_largest(n, monkeypatch):
-    monkeypatch.setattr(model_module, "GROUP", 3)
+    monkeypatch.setattr(model_module, "BUNDLE", 3)
     x = torch.randn(5, n).round(decimals=1)                                        # with ties
     torch.testing.assert_close(x.gather(-1, model_module.top(x, 8)).sort().values,
                                x.topk(min(8, n)).values.sort().values)
