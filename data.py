@@ -1,7 +1,8 @@
 """Text, and the needles hidden in it.
 
 Corpora: `stdlib` is the running Python's own library source, as bytes: real text without a download.
-`python data.py text FOLDER --out data/mine` makes one of .txt files, for `train.py --data data/mine`.
+`python data.py text FOLDER --out data/mine` makes one of .txt files, for `train.py --data data/mine`;
+`python data.py pg19` and `arxiv-math` download the paper's.
 
 The needle task is the paper's NIAH protocol (Sec. 4) in a form that a small model learns in minutes. Several
 named needles are hidden in real text, and as many questions are asked at its end (chunk borders shown as //):
@@ -24,7 +25,9 @@ import string
 import sys
 import sysconfig
 import zlib
+from collections import Counter
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +53,7 @@ def decode_bytes(tokens):
 
 class Tokenizer(NamedTuple):
     encode: object          # text -> token ids
+    decode_bytes: object    # token ids -> the bytes they stand for
     vocab_size: int
     separator: int          # between documents
 
@@ -58,14 +62,14 @@ class Tokenizer(NamedTuple):
 def load_tokenizer(name):
     """`bytes`, or tiktoken's `gpt2`; ValueError if that cannot be had."""
     if name == "bytes":
-        return Tokenizer(encode_bytes, 256, 0)
+        return Tokenizer(encode_bytes, bytes, 256, 0)
     try:
         import tiktoken
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:                      # of the network, in many shapes
         raise ValueError("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
                          "holds tiktoken's files for it, or use --tokenizer bytes") from error
-    return Tokenizer(gpt2.encode_ordinary, gpt2.n_vocab, gpt2.eot_token)
+    return Tokenizer(gpt2.encode_ordinary, gpt2.decode_bytes, gpt2.n_vocab, gpt2.eot_token)
 
 
 class Corpus(NamedTuple):
@@ -73,22 +77,28 @@ class Corpus(NamedTuple):
     val: np.ndarray         # of other documents
     vocab_size: int
     tokenizer: str = "bytes"
+    test: np.ndarray = None     # of yet others, where there are some
 
 
 def load_corpus(name):
-    """`stdlib`, or a folder that `data.py text` made, read as it is needed; ValueError if there is none."""
+    """`stdlib`, or a folder that data.py prepared, read as it is needed; ValueError if there is none."""
     if name == "stdlib":
         return stdlib_corpus()
-    folder = Path(name)
+    folder, splits = Path(name), {}
     if not (folder / "meta.json").is_file():
-        raise ValueError(f"--data must be 'stdlib' or a folder that `python data.py text` made, got {name!r}")
-    meta, splits = json.loads((folder / "meta.json").read_text()), []
-    for split in ("train", "val"):
-        path, wanted = folder / f"{split}.bin", meta["splits"].get(split, {}).get("tokens", 0)
+        raise ValueError(f"--data must be 'stdlib' or a folder that `python data.py` made, got {name!r}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = {split: meta["splits"][split]["tokens"] for split in {"train", "val", *meta["splits"]}}
+        vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/meta.json is damaged or not one of data.py: prepare it again") from error
+    for split, wanted in sizes.items():
+        path = folder / f"{split}.bin"
         if not path.is_file() or path.stat().st_size != 2 * wanted or not wanted:
             raise ValueError(f"{path} must hold the {wanted} tokens that meta.json says: prepare it again")
-        splits.append(np.memmap(path, np.uint16, mode="r"))
-    return Corpus(*splits, meta["vocab_size"], meta["tokenizer"])
+        splits[split] = np.memmap(path, np.uint16, mode="r")
+    return Corpus(vocab_size=vocab_size, tokenizer=tokenizer, **splits)
 
 
 def stdlib_corpus():
@@ -120,58 +130,137 @@ def split_documents(folder):
     return {name: files for name, files in splits.items() if files}
 
 
-def tokenize(path, tokenizer, errors):
-    """One document's tokens and the separator, (n,) uint16; None if it is not UTF-8 text."""
-    tokenizer, data = load_tokenizer(tokenizer), path.read_bytes()
+def tokenize(document, tokenizer, errors):
+    """The tokens of a document (a path, or its text) and the separator, (n,) uint16, and its size in bytes.
+
+    None if it is not UTF-8 text.
+    """
+    tokenizer = load_tokenizer(tokenizer)
+    data = document.encode() if isinstance(document, str) else document.read_bytes()
     try:
         text = data.decode(errors=errors)
     except UnicodeDecodeError:
         return None
     if b"\0" in data:
         return None
-    return np.append(tokenizer.encode(text), tokenizer.separator).astype(np.uint16)
+    return np.append(tokenizer.encode(text), tokenizer.separator).astype(np.uint16), len(data)
 
 
-def prepare_text(folder, out, tokenizer, errors):
-    """Write out/train.bin, val.bin (and test.bin), uint16, and meta.json. A split that is there is kept."""
-    splits, kind = split_documents(folder), load_tokenizer(tokenizer)
+def prepare(splits, out, tokenizer, errors="strict"):
+    """Write out/train.bin, val.bin (and test.bin), uint16, and meta.json. A split that is there is kept.
+
+    splits  {name: (documents, how many (None: unknown), what identifies them)}
+    """
+    kind = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
     old = json.loads((out / "meta.json").read_text()) if (out / "meta.json").is_file() else {}
-    for split, files in splits.items():
-        listing = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
-        source = hashlib.sha256(json.dumps([tokenizer, errors, listing]).encode()).hexdigest()
+    for split, (documents, number, identity) in splits.items():
+        source = hashlib.sha256(json.dumps([tokenizer, errors, identity]).encode()).hexdigest()
         done = old.get("splits", {}).get(split, {})
         if done.get("source") != source or not (out / f"{split}.bin").is_file():
-            done = write_split(out / f"{split}.bin", files, tokenizer, errors) | dict(source=source)
-        meta["splits"][split] = done
+            done = write_split(out / f"{split}.bin", documents, number, tokenizer, errors)
+        meta["splits"][split] = done | dict(source=source)
         write_atomically(out / "meta.json", json.dumps(meta, indent=1) + "\n")
         print(f"{split}: {done['documents']:,} documents, {done['tokens']:,} tokens, "
               f"{done['skipped']:,} skipped (not UTF-8 text)")
 
 
-def write_split(path, files, tokenizer, errors):
-    """Tokenize files, in order and in parallel, into one .bin; atomic. Returns counts and a hash."""
+def write_split(path, documents, number, tokenizer, errors):
+    """Tokenize documents, in order and in parallel, into one .bin; atomic. Returns counts and a hash."""
     partial_path, digest = path.with_name(path.name + ".partial"), hashlib.sha256()
-    tokens = documents = 0
-    with multiprocessing.Pool() as pool, open(partial_path, "wb") as file:
-        work = pool.imap(partial(tokenize, tokenizer=tokenizer, errors=errors), files)
-        for document in tqdm(work, path.stem, len(files), unit="document"):
-            if document is not None:
-                file.write(document.tobytes())
-                digest.update(document.tobytes())
-                tokens, documents = tokens + len(document), documents + 1
-    if not documents:
+    count, documents, work = Counter(), iter(documents), partial(tokenize, tokenizer=tokenizer, errors=errors)
+    with multiprocessing.Pool() as pool, open(partial_path, "wb") as file, \
+            tqdm(desc=path.stem, total=number, unit="document") as bar:
+        while some := list(islice(documents, 256)):             # a pool would read all of a stream at once
+            for done in pool.imap(work, some):
+                bar.update()
+                if done is None:
+                    count["skipped"] += 1
+                    continue
+                tokens, size = done
+                file.write(tokens.tobytes())
+                digest.update(tokens.tobytes())
+                count.update(tokens=len(tokens), bytes=size, documents=1)
+    if not count["documents"]:
         partial_path.unlink()
-        raise ValueError(f"{files[0].parent} must hold UTF-8 text, got none; --errors replace takes others")
+        raise ValueError(f"{path.stem} must hold UTF-8 text, got none; --errors replace takes others")
     os.replace(partial_path, path)
-    return dict(tokens=tokens, documents=documents, skipped=len(files) - documents, sha256=digest.hexdigest())
+    return dict(tokens=count["tokens"], bytes=count["bytes"], documents=count["documents"],
+                skipped=count["skipped"], sha256=digest.hexdigest())
+
+
+def prepare_text(folder, out, tokenizer, errors):
+    """A folder of .txt files -> a corpus in out."""
+    def identity(files):
+        return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+
+    splits = split_documents(folder)
+    prepare({name: (files, len(files), identity(files)) for name, files in splits.items()},
+            out, tokenizer, errors)
+
+
+# Data sets of the paper (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
+# the splits there, and which rows are meant. The arXiv part of proof-pile is ArXiv-math.
+PROOF_PILE = "hf://datasets/hoskinson-center/proof-pile"
+DATASETS = {
+    "pg19": (dict(path="emozilla/pg19"),
+             dict(train="train", val="validation", test="test"),
+             lambda row: True),
+    "arxiv-math": (dict(path="json", data_files=dict(train=f"{PROOF_PILE}/train/*.jsonl.gz",
+                                                     val=f"{PROOF_PILE}/dev/*.jsonl.gz",
+                                                     test=f"{PROOF_PILE}/test/*.jsonl.gz")),
+                   dict(train="train", val="val", test="test"),
+                   lambda row: json.loads(row["meta"]).get("config") == "arxiv"),
+}
+
+
+def prepare_dataset(name, out, tokenizer):
+    """Download one of DATASETS, row by row, into a corpus in out."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"{name} needs the package datasets: pip install datasets") from error
+    arguments, names, wanted = DATASETS[name]
+
+    def texts(split):
+        for row in load_dataset(**arguments, split=split, streaming=True):
+            if wanted(row):
+                yield row["text"]
+
+    prepare({split: (texts(theirs), None, [name, theirs]) for split, theirs in names.items()}, out, tokenizer)
 
 
 def write_atomically(path, text):
     partial_path = path.with_name(path.name + ".partial")
     partial_path.write_text(text)
     os.replace(partial_path, path)
+
+
+# ---------------------------------------------------------------- windows of a corpus, for language modelling
+
+@lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([TRAINING, seed, epoch]).permutation(n)
+
+
+def window_batch(text, seed, first, batch, length):
+    """Sequences number first, first + 1, .. of an endless walk over the text: tokens and next tokens.
+
+    Each epoch reads every window of `length` tokens once, in an order of its own. So what a step reads is a
+    pure function of its number, no two ranks read the same, and a resumed run goes on where it was.
+    """
+    n = (len(text) - 1) // length
+    if n < 1:
+        raise ValueError(f"--data must hold more than seq_len tokens in each split, got {len(text)} tokens "
+                         f"for seq_len {length}")
+    rows = []
+    for i in range(first, first + batch):
+        epoch, window = divmod(i, n)
+        start = epoch_order(n, seed, epoch)[window] * length
+        rows.append(text[start:start + length + 1])
+    x = np.stack(rows).astype(np.int64)
+    return x[:, :-1], x[:, 1:]
 
 
 # ---------------------------------------------------------------- the needle task
@@ -288,6 +377,11 @@ def main():
     text.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2", help="default: %(default)s")
     text.add_argument("--errors", choices=["strict", "replace"], default="strict",
                       help="what is not UTF-8: skip the document, or replace the characters (%(default)s)")
+    for name in DATASETS:
+        download = commands.add_parser(name, description=f"Download {name} (needs the package datasets).")
+        download.add_argument("--out", type=Path, default=Path("data") / name, help="default: %(default)s")
+        download.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2",
+                              help="default: %(default)s")
     show = commands.add_parser("show", description="Show one context of the needle task, a line a chunk.")
     show.add_argument("--chunk_size", type=int, default=16, help="S, landmark included (%(default)s)")
     show.add_argument("--seq_len", type=int, default=128, help="tokens of context (%(default)s)")
@@ -296,6 +390,8 @@ def main():
     try:
         if args.command == "text":
             prepare_text(args.folder, args.out, args.tokenizer, args.errors)
+        elif args.command in DATASETS:
+            prepare_dataset(args.command, args.out, args.tokenizer)
         else:
             show_task(args.chunk_size, args.seq_len, args.seed)
     except (ValueError, OSError) as error:

@@ -1,12 +1,14 @@
 """Measure a trained DRT.
 
     python eval.py niah --ckpt out/ckpt.pt --lengths 128,131072     needle accuracy by context length
+    python eval.py ppl --ckpt drt/ckpt.pt base/ckpt.pt              perplexity by context length
     python eval.py speed --lengths 16384,1048576                    reading and generating, by context length
     python eval.py sample --prompt 'import os' --tokens 200         continue a text
     python eval.py plot drt.json base.json --out niah.png           pictures of what --json wrote
 """
 import codecs
 import json
+import math
 import platform
 import resource
 import sys
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EVALUATION, NeedleTask, Parser, encode_bytes, load_corpus, needle_batch
+from data import EVALUATION, NeedleTask, Parser, load_corpus, load_tokenizer, needle_batch
 from model import DRT, DRTConfig, Memory, load_checkpoint
 
 
@@ -129,6 +131,77 @@ def niah(model, corpus, task, lengths, questions, seed, device):
     return rows
 
 
+# ---------------------------------------------------------------- perplexity by context length
+
+SCORED = 256                # tokens scored at each place
+
+
+def documents(text, separator):
+    """Starts and lengths of the documents in a text."""
+    ends = np.append(np.flatnonzero(text == separator), len(text))
+    starts = np.append(0, ends[:-1] + 1)
+    return starts, ends - starts
+
+
+def places(starts, sizes, longest, n_place, rng):
+    """Places (n_place,) that have `longest` tokens of their own document before them, and SCORED after."""
+    room = sizes - longest - SCORED + 1                         # places in each document
+    if room.max() < 1:
+        raise ValueError(f"--lengths must be at most {max(0, sizes.max() - SCORED)}: no document has "
+                         f"{longest} tokens of context and the {SCORED} that are scored")
+    room = room.clip(min=0)
+    drawn = np.sort(rng.integers(room.sum(), size=n_place))
+    document = np.searchsorted(room.cumsum(), drawn, side="right")
+    return starts[document] + longest + drawn - (room.cumsum() - room)[document]
+
+
+@torch.no_grad()
+def scored_loss(model, text, where, length, device):
+    """Summed cross-entropy of the SCORED tokens at each place, after `length` tokens of context."""
+    batch, total = max(1, min(16, model.segment(1) // length)), 0.0
+    for some in np.split(where, range(batch, len(where), batch)):
+        x = np.stack([text[i - length:i + SCORED] for i in some]).astype(np.int64)
+        x = torch.from_numpy(x).to(device)
+        at = torch.zeros_like(x[:, 1:], dtype=torch.bool)
+        at[:, -SCORED:] = True
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model.read(x[:, :-1], Memory(model, len(x), capacity=length + SCORED), at)
+        total += F.cross_entropy(logits.float(), x[:, -SCORED:].flatten(), reduction="sum").item()
+    return total
+
+
+def perplexity(models, corpus, lengths, n_place, seed, device, split=None):
+    """Perplexity by context length: the same tokens are scored after `length` tokens of context each time.
+
+    models {name: DRT}; split "val" or "test", default: test where there is one. Prints the table and returns
+    its rows.
+    """
+    text = corpus.val if split == "val" or corpus.test is None else corpus.test
+    n_place = n_place or (64 if device.type == "cuda" else 8)
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    rng = np.random.default_rng([EVALUATION, seed])
+    starts, sizes = documents(text, tokenizer.separator)
+    lengths = lengths or [2 ** i for i in range(10, 17) if 2 ** i + SCORED <= sizes.max()] or [1]
+    where = places(starts, sizes, max(lengths), n_place, rng)
+    n_byte = sum(len(tokenizer.decode_bytes(text[i:i + SCORED].tolist())) for i in where)
+    rows = []
+    for name, model in models.items():
+        model.eval()
+        for length in tqdm(lengths, name, leave=False):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            total = scored_loss(model, text, where, length, device)
+            seconds = time.perf_counter() - start
+            loss = total / (len(where) * SCORED)
+            rows.append(dict(model=name, length=length, scored=len(where) * SCORED, loss=loss,
+                             perplexity=math.exp(min(loss, 700)), bits_per_byte=total / math.log(2) / n_byte,
+                             tokens_per_second=len(where) * (length + SCORED) / seconds,
+                             **peak_memory(device)))
+    print_table(rows)
+    return rows
+
+
 # ---------------------------------------------------------------- speed and memory
 
 class FullAttention(DRT):
@@ -234,20 +307,21 @@ def speed(model, lengths, n_new, offload, compare, seed, device):
 
 # ---------------------------------------------------------------- samples
 
-def continue_text(model, text, n_new, how, offload, device):
+def continue_text(model, text, tokenizer, n_new, how, offload, device):
     """Write a continuation of the text to the terminal, token by token, as it comes."""
-    tokens = torch.from_numpy(encode_bytes(text).astype(np.int64)).to(device)
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    tokenizer = load_tokenizer(tokenizer)
+    tokens = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
+    decoder, pad = codecs.getincrementaldecoder("utf-8")("backslashreplace"), int(tokenizer.encode("\n")[0])
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        for token in model.generate(tokens[None], n_new, *how, pad=ord("\n"), offload=offload):
-            print(decoder.decode(bytes(token.tolist())), end="", flush=True)
+        for token in model.generate(tokens[None], n_new, *how, pad=pad, offload=offload):
+            print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 
 # ---------------------------------------------------------------- pictures
 
 def plot(reports, path):
-    """Token accuracy by context length, a curve for each file that niah --json wrote; or speed's times."""
+    """What --json wrote, by context length: a curve for each file of niah, for each model of the others."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -256,9 +330,10 @@ def plot(reports, path):
     if "token_accuracy" in next(iter(tables.values()))[0]:
         panels, curves = dict(token_accuracy="answer tokens right, %"), tables
     else:
-        panels = dict(read_tokens_per_second="tokens read per second", ms_per_new_token="ms per new token",
-                      peak_gpu_gib="GPU memory, GiB")
-        curves = {}
+        panels, curves = dict(read_tokens_per_second="tokens read per second", peak_gpu_gib="GPU memory, GiB",
+                              ms_per_new_token="ms per new token"), {}
+        if "perplexity" in next(iter(tables.values()))[0]:
+            panels = dict(perplexity="perplexity")
         for row in (row for rows in tables.values() for row in rows):
             curves.setdefault(row["model"], []).append(row)
     figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.6) if len(panels) == 1 else (11, 3.4),
@@ -267,7 +342,10 @@ def plot(reports, path):
         for name, rows in curves.items():
             axis.plot([row["length"] for row in rows], [row[key] for row in rows], "o-", label=name)
         axis.set(xscale="log", xlabel="tokens of context", ylabel=label)
-        axis.set(ylim=(-3, 103)) if key == "token_accuracy" else axis.set(yscale="log")
+        if key == "token_accuracy":
+            axis.set(ylim=(-3, 103))
+        elif key != "perplexity":
+            axis.set(yscale="log")
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.savefig(path, dpi=150)
@@ -283,6 +361,16 @@ def make_parser():
                       "default: the training length times 1, 4, 16, .. 1024")
     niah.add_argument("--questions", type=int, default=None, help="questions at each length; default: "
                       "240, and fewer, at least 32, in long contexts")
+    ppl = commands.add_parser("ppl", description="Perplexity of unseen text by context length: "
+                              "the same tokens, after more or less context.")
+    ppl.add_argument("--ckpt", type=Path, nargs="+", default=[Path("out/ckpt.pt")],
+                     help="checkpoints, side by side; default: out/ckpt.pt")
+    ppl.add_argument("--lengths", type=lengths, default=None, help="tokens of context, separated by commas; "
+                     "default: 1024, 2048, .. 65536")
+    ppl.add_argument("--places", type=int, default=None,
+                     help=f"at each, {SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
+    ppl.add_argument("--data", default=None, help="a corpus of the same tokenizer; default: training's")
+    ppl.add_argument("--split", choices=["val", "test"], default=None, help="default: test, if there is one")
     speed = commands.add_parser("speed", description="Time and memory of reading and of generating, by "
                                 "context length, on random tokens; without --ckpt with random weights.")
     speed.add_argument("--lengths", type=lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
@@ -301,9 +389,10 @@ def make_parser():
     sample.add_argument("--sample_top_p", type=float, default=None, help="among the likeliest that hold p")
     for command in (speed, sample):
         command.add_argument("--offload", action="store_true", help="keep chunks in CPU memory")
-    for command in (niah, speed, sample):
-        command.add_argument("--ckpt", type=Path, default=None, help="checkpoint; default: "
-                             + ("random weights" if command is speed else "out/ckpt.pt"))
+    for command in (niah, ppl, speed, sample):
+        if command is not ppl:
+            command.add_argument("--ckpt", type=Path, default=None, help="checkpoint; default: "
+                                 + ("random weights" if command is speed else "out/ckpt.pt"))
         command.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
         command.add_argument("--device", default="auto", help="cpu or cuda; default: cuda if there is a GPU")
         if command is not sample:
@@ -324,7 +413,7 @@ def lengths(text):
 def check(args):
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
-    for name in ("questions", "tokens"):
+    for name in ("questions", "tokens", "places"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if getattr(args, "json", None) and not args.json.absolute().parent.is_dir():
@@ -340,7 +429,8 @@ def main(argv):
         check(args)
         device = pick_device(args.device)
         torch.manual_seed(args.seed)
-        settings, rows = dict(niah=run_niah, speed=run_speed, sample=run_sample)[args.command](args, device)
+        settings, rows = dict(niah=run_niah, ppl=run_ppl, speed=run_speed,
+                              sample=run_sample)[args.command](args, device)
     except (ValueError, KeyError, OSError) as error:
         parser.error(error)
     if rows and args.json:
@@ -350,6 +440,8 @@ def main(argv):
 def run_niah(args, device):
     model, saved = load_checkpoint(args.ckpt or Path("out/ckpt.pt"), device)
     settings = saved["settings"]
+    if settings["task"] != "niah":
+        raise ValueError(f"--ckpt must be of a run with --task niah, got --task {settings['task']}")
     n_needle = 1 if settings["needle"] == "single" else settings["n_needle"]
     task = NeedleTask(settings["chunk_size"], n_needle, settings["n_value"], settings["straddle"])
     args.lengths = args.lengths or lengths_from(settings["seq_len"])
@@ -357,6 +449,21 @@ def run_niah(args, device):
         task.fit(length)
     corpus = load_corpus(settings["data"])
     return settings, niah(model, corpus, task, args.lengths, args.questions, args.seed, device)
+
+
+def run_ppl(args, device):
+    models, settings, corpus = {}, {}, None
+    for path in args.ckpt:
+        model, saved = load_checkpoint(path, device)
+        corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
+        if (corpus.tokenizer, corpus.vocab_size) != (saved["tokenizer"], model.config.vocab_size):
+            raise ValueError(f"--data must have {path}'s tokenizer {saved['tokenizer']} and vocabulary "
+                             f"{model.config.vocab_size}, got {corpus.tokenizer} and {corpus.vocab_size}")
+        name = path.absolute().parent.name
+        models[name], settings[name] = model, saved["settings"]
+    if args.split == "test" and corpus.test is None:
+        raise ValueError("--split must be val: the corpus has no test split")
+    return settings, perplexity(models, corpus, args.lengths, args.places, args.seed, device, args.split)
 
 
 def run_speed(args, device):
@@ -380,7 +487,7 @@ def run_sample(args, device):
     if not text:
         raise ValueError(f"{'--file' if args.file else '--prompt'} must hold some text, got none")
     how = args.temperature, args.sample_top_k, args.sample_top_p
-    continue_text(model.eval(), text, args.tokens, how, args.offload, device)
+    continue_text(model.eval(), text, saved["tokenizer"], args.tokens, how, args.offload, device)
     return saved["settings"], None
 
 

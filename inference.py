@@ -353,14 +353,22 @@ def fingerprint(model):
     return zlib.crc32(model.embedding.weight.detach().float().cpu().contiguous().numpy())
 
 
-def save_atomically(path, state):
-    """torch.save, such that a kill at any moment leaves the old file or the new one, whole."""
+def save_atomically(path, state, previous=None):
+    """torch.save, such that a kill at any moment leaves the old file or the new one, whole.
+
+    previous: where the old file is kept.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
+    if previous and path.exists():
+        linked = previous.with_name(previous.name + ".partial")
+        linked.unlink(missing_ok=True)
+        os.link(path, linked)                       # a second name, so that the first is there at all times
+        os.replace(linked, previous)
     os.replace(partial, path)
 
 

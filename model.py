@@ -47,7 +47,7 @@ class DRTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name, least in dict(vocab_size=2, n_layer=1, n_group=0, n_encoder=1, n_head=1, n_kv_head=1,
+        for name, least in dict(vocab_size=2, n_layer=1, n_group=0, n_encoder=0, n_head=1, n_kv_head=1,
                                 n_embd=1, chunk_size=2, top_k=1, window=1).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -159,7 +159,8 @@ def window_attention(q, k, v, window, slopes):
     """
     if q.shape[2] <= window:
         return dense_attention(q, k, v, window, slopes)
-    return (fused_attention if q.is_cuda else banded_attention)(q, k, v, window, slopes)
+    fused = q.is_cuda and q.shape[-1] >= 16                                    # flex_attention takes no less
+    return (fused_attention if fused else banded_attention)(q, k, v, window, slopes)
 
 
 # ---------------------------------------------------------------- layers
@@ -356,12 +357,15 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
     t = torch.arange(first, first + query.shape[1], device=query.device)[:, None]
     size, start = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1])), 0
     best = [query.new_empty(*query.shape[:2], 0)] * 2 + [t.new_empty(*query.shape[:2], 0)]
+    query = query * query.shape[-1] ** -0.5
     for block in (block for page in landmarks for block in page.split(size, dim=1)):
-        scores = query @ block.float().mT * query.shape[-1] ** -0.5                    # (B, n, M)
+        scores = query @ block.float().mT                                              # (B, n, M)
         if random:
             scores = torch.zeros_like(scores)
-        chunk = torch.arange(start, start + block.shape[1], device=query.device)
-        ranking = scores.detach().masked_fill(chunk >= t, float("-inf"))
+        ranking = scores.detach()
+        if start + block.shape[1] > first:                                     # not all are earlier chunks
+            chunk = torch.arange(start, start + block.shape[1], device=query.device)
+            ranking = ranking.masked_fill(chunk >= t, float("-inf"))
         if gumbel or random:
             ranking = ranking - torch.empty_like(ranking).exponential_().log()
         chosen = top(ranking, top_k)
@@ -388,6 +392,57 @@ def top(x, k):
     inside = bundles.gather(-2, which[..., None].expand(*which.shape, BUNDLE)).flatten(-2)
     best = inside.topk(k).indices
     return which.gather(-1, best // BUNDLE) * BUNDLE + best % BUNDLE
+
+
+# ---------------------------------------------------------------- the loss over a large vocabulary
+
+LOSS_ROWS = 8192                    # positions whose logits are held at once
+
+
+def logits_loss(logits, labels, vocab_size):
+    """Cross-entropies (n,), 0 where labels are -100, and their gradient in the logits (n, padded)."""
+    column, has_label = torch.arange(logits.shape[1], device=logits.device), labels >= 0
+    logits = logits.float().masked_fill(column >= vocab_size, float("-inf"))
+    total = logits.logsumexp(1, keepdim=True)
+    picked = logits.gather(1, labels.clamp(min=0)[:, None])
+    gradient = (logits - total).exp() - (column == labels[:, None]).float()
+    return ((total - picked)[:, 0] * has_label), gradient * has_label[:, None]
+
+
+compiled_logits_loss = lru_cache(lambda: torch.compile(logits_loss, dynamic=False))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x @ weight.T, some rows at a time: all logits together would not fit the memory.
+
+    x (n, d), weight (vocab_size, d), labels (n,), -100 = no label. The gradients are computed on the way,
+    while a block's logits are there, so no product is computed twice. The vocabulary is padded to a multiple
+    of 64: GPT-2's 50,257 is odd, and matrix products of odd sizes take four times as long.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)
+    def forward(ctx, x, weight, labels):
+        vocab_size, count = len(weight), (labels >= 0).sum().clamp(min=1)
+        padded = F.pad(weight, (0, 0, 0, -vocab_size % 64))
+        total = torch.zeros((), device=x.device)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(padded, dtype=torch.float32)
+        step = compiled_logits_loss() if x.is_cuda else logits_loss
+        for x_rows, dx_rows, label_rows in zip(*(y.split(LOSS_ROWS) for y in (x, dx, labels)), strict=True):
+            losses, dlogits = step(x_rows @ padded.T, label_rows, vocab_size)
+            total += losses.sum()
+            if ctx.needs_input_grad[0]:                            # not in validation
+                dlogits = dlogits.to(x.dtype)
+                torch.mm(dlogits, padded, out=dx_rows)
+                dweight += dlogits.T @ x_rows
+        ctx.save_for_backward(dx, dweight[:vocab_size], count)
+        return total / count
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
+    def backward(ctx, upstream):
+        dx, dweight, count = ctx.saved_tensors
+        return dx * (upstream / count), dweight * (upstream / count), None
 
 
 # ---------------------------------------------------------------- the model
@@ -425,6 +480,11 @@ class DRT(nn.Module):
             return logits, None
         targets = targets if at is None else targets[at]
         return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+    def loss(self, tokens, targets):
+        """The loss that forward(tokens, targets) returns, without holding the logits of all positions."""
+        hidden = self.hidden(tokens).flatten(0, 1)
+        return LinearCrossEntropy.apply(hidden, self.embedding.weight, targets.flatten())
 
     @torch.no_grad()
     def read(self, tokens, memory, at=None):
@@ -492,7 +552,8 @@ class DRT(nn.Module):
     def encode(self, x, grid, memory):
         """The chunks that this stream completes: their (landmarks, k, v), which memory gets, if any."""
         if memory:
-            x = torch.cat([memory.unfinished, x], dim=1) if memory.unfinished is not None else x
+            if memory.unfinished is not None and memory.unfinished.shape[1]:
+                x = torch.cat([memory.unfinished, x], dim=1)
             memory.unfinished = x[:, grid.whole * grid.S:].contiguous()
             if not grid.whole and memory.pages:
                 return None
@@ -547,8 +608,10 @@ class DRT(nn.Module):
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, **state):
-    """Write model and state, atomically."""
-    save_atomically(path, dict(config=asdict(model.config), model=model.state_dict(), **state))
+    """Write model and state, atomically; the checkpoint that was there stays as NAME.prev.pt."""
+    path = Path(path)
+    save_atomically(path, dict(config=asdict(model.config), model=model.state_dict(), **state),
+                    path.with_suffix(f".prev{path.suffix}"))
 
 
 def load_checkpoint(path, device):

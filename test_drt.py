@@ -545,15 +545,15 @@ def test_a_tiny_model_learns_to_retrieve():
     corpus, task = load_corpus("stdlib"), NeedleTask(16, 1, 6)
     torch.manual_seed(0)
     model = DRT(DRTConfig(n_encoder=1)).to(DEVICE).train()
-    optimizer = train_module.make_optimizer(model, config)
+    optimizer, objective = train_module.make_optimizer(model, config), train_module.Objective(model, config)
     unseen = train_module.draw_batch(corpus.val, task, (2, 0), 64, 64, DEVICE)
-    assert train_module.validate(model, unseen) < 0.05
+    assert train_module.validate(model, unseen).item() < 0.05
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = train_module.learning_rate(step, config)
-        train_module.train_step(model, optimizer, train_module.draw_batch(
-            corpus.train, task, (1, 0, step), 64, 64, DEVICE), config)
-    assert train_module.validate(model, unseen) > 0.9
+        batch = train_module.draw_batch(corpus.train, task, (1, 0, step), 64, 64, DEVICE)
+        train_module.train_step(objective, optimizer, batch, train_module.Ranks(DEVICE))
+    assert train_module.validate(model, unseen).item() > 0.9
 
 
 # ---------------------------------------------------------------- command lines
