@@ -90,6 +90,8 @@ def retrieved_chunks(x, indices, n_head):
 #              at most 96 registers a thread (maxnreg) 0.29
 #     dQ: recomputing the softmax 0.42, and storing its statistics for dK/dV besides 0.51
 #     dK/dV: reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
+#            scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
+#     8 heads of 16, at most so many registers: forward 80: 0.141, 96: 0.148 | dK/dV 128: 0.266, no cap: 0.304
 
 @jit
 def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
@@ -291,6 +293,12 @@ def launch_options(q, k, softmax_one):
                 num_warps=8 if exact or size > 16384 else 4, num_stages=1 if exact or size > 16384 else 2)
 
 
+def register_cap(kernel, options):
+    """At most so many registers a thread, where more programs at a time outweigh what then spills."""
+    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_q={32: 112}, backward_kv={16: 128, 32: 128})
+    return caps[kernel].get(options["D"]) if options["num_stages"] == 2 else None
+
+
 def aligned(*tensors):
     """The tensors as descriptors want them: no gaps between heads, strides of multiples of 16 bytes."""
     def fits(x):
@@ -333,7 +341,7 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: to
     forward_kernel[(n_part * n_program,)](
         *descriptors(options["ROWS"], q), *descriptors(options["KEYS"], k, v), weights.float().contiguous(),
         indices.contiguous(), *descriptors(options["ROWS"], out), scale, n_slot, n_part, B, Cq, Sq, Sk, Hq,
-        **options, maxnreg=96 if options["num_stages"] == 2 and q.shape[-1] <= 64 else None)
+        **options, maxnreg=register_cap("forward", options))
     return out if n_part == 1 else out.view(n_part, *q.shape).sum(0).to(q.dtype)
 
 
@@ -366,13 +374,13 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     query, upstream, dquery = descriptors(ROWS, q, do, dq)
     tiles = descriptors(KEYS, k, v)
     backward_q_kernel[(n_program,)](query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq,
-                                    Sk, Hq, **options)
+                                    Sk, Hq, **options, maxnreg=register_cap("backward_q", options))
     pairs, offsets = retrieved_by(indices, Ck)
     cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
     totals, parts = descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
     backward_kv_kernel[(B * (n_cut + Ck) * Hkv,)](
         query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_slot, n_cut, B, Cq, Ck,
-        Sq, Sk, Hkv, SEGMENT=SEGMENT, **options)
+        Sq, Sk, Hkv, SEGMENT=SEGMENT, **options, maxnreg=register_cap("backward_kv", options))
     if n_cut:
         add_cuts_kernel[(B * Ck * Hkv,)](*totals, *parts, offsets, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
     return dq, dk, dv, dw.sum(-1).to(weights.dtype)
@@ -539,30 +547,37 @@ def flex_attention_on_blocks(q, k, v, indices):
                                  enable_gqa=True, kernel_options=tiles)
 
 
-def contenders(q, k, v, weights, indices):
-    """name, function and leaves of each way to compute this, or, with one softmax over all, as much."""
+def contenders(q, k, v, weights, indices, compiled):
+    """name, function and leaves of each way to compute this, or, with one softmax over all, as much.
+
+    compiled: also those that need a compiler, which takes its time.
+    """
     heads, sdpa = q.shape[3], F.scaled_dot_product_attention
     in_chunks = q.detach().flatten(0, 1).transpose(1, 2).requires_grad_()
     copies = [copied(x.detach(), indices, heads).requires_grad_() for x in (k, v)]
     yield "SDPA, copied before", sdpa, (in_chunks, *copies)
     del in_chunks, copies
     yield "reference", lambda *x: gca_reference(*x, indices), (q, k, v, weights)
-    if q.shape[1] > 1:                          # the compiler takes its time: not for every decoding shape
-        compiled = torch.compile(gca_reference, dynamic=False)
-        yield "compiled reference", lambda *x: compiled(*x, indices), (q, k, v, weights)
+    if compiled:
+        function = torch.compile(gca_reference, dynamic=False)
+        yield "compiled reference", lambda *x: function(*x, indices), (q, k, v, weights)
     yield "copy + SDPA", lambda q, k, v: sdpa(q.flatten(0, 1).transpose(1, 2), copied(k, indices, heads),
                                               copied(v, indices, heads)), (q, k, v)
-    if q.shape[1] > 1:
+    if compiled:
         yield "FlexAttention", flex_attention_on_blocks(q, k, v, indices), (q, k, v)
     yield "FlashGCA", lambda *x: gca(*x, indices), (q, k, v, weights)
 
 
 def measure(function, leaves, backward):
-    """Median milliseconds, forward and backward, and MiB beyond inputs, output and gradients at the peak."""
-    if not backward:                            # microseconds of work: without the time to launch it
-        with torch.no_grad():
-            return dict(forward_ms=triton.testing.do_bench_cudagraph(partial(function, *leaves),
-                                                                     return_mode="median"))
+    """Median milliseconds, forward and backward, and MiB beyond inputs, output and gradients at the peak.
+
+    The forward pass is timed as a CUDA graph: some take no longer than it takes Python to launch them.
+    """
+    with torch.no_grad():
+        ms = triton.testing.do_bench_cudagraph(partial(function, *leaves), return_mode="median")
+    row = dict(forward_ms=ms)
+    if not backward:
+        return row
     upstream = torch.randn_like(function(*leaves))
 
     def gradients():
@@ -575,14 +590,12 @@ def measure(function, leaves, backward):
     kept = sum(x.numel() * x.element_size() for x in gradients())
     extra = torch.cuda.max_memory_allocated() - before - kept
     out = function(*leaves)
-    ms_back = triton.testing.do_bench(partial(torch.autograd.grad, out, leaves, upstream, retain_graph=True),
-                                      return_mode="median")
-    with torch.no_grad():
-        ms = triton.testing.do_bench(partial(function, *leaves), return_mode="median")
-    return dict(forward_ms=ms, backward_ms=ms_back, extra_mib=extra / 2 ** 20)
+    ms = triton.testing.do_bench(partial(torch.autograd.grad, out, leaves, upstream, retain_graph=True),
+                                 return_mode="median")
+    return row | dict(backward_ms=ms, extra_mib=extra / 2 ** 20)
 
 
-def compare(name, shape, peak):
+def compare(name, shape, peak, compiled):
     """One row for each contender; ours has the ratio to the best of the others, forward + backward."""
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False          # or the compiled backward could run only once
@@ -590,7 +603,8 @@ def compare(name, shape, peak):
     backward = shape["Cq"] > 1
     flops = 4 * shape["B"] * shape["Cq"] * shape["Sq"] * shape["Hq"] * shape["K"] * shape["Sk"] * shape["D"]
     best = float("inf")
-    for contender, function, leaves in contenders(*(x.requires_grad_(backward) for x in floats), indices):
+    floats = [x.requires_grad_(backward) for x in floats]
+    for contender, function, leaves in contenders(*floats, indices, compiled and backward):
         try:
             row = measure(function, leaves, backward)
         except RuntimeError as error:           # out of memory, or not for this shape
@@ -607,7 +621,7 @@ def compare(name, shape, peak):
         yield dict(shape=name, retrieval=shape.get("retrieval", "uniform"), contender=contender) | row
 
 
-def benchmark(shapes):
+def benchmark(shapes, compiled=True):
     """Rows of numbers, printed as they come. Shares are of the measured bf16 matrix product, in percent."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / triton.testing.do_bench(lambda: a @ b, return_mode="median")   # FLOP a millisecond
@@ -616,22 +630,23 @@ def benchmark(shapes):
     print(f"{'shape':16}{'retrieval':10}{'contender':20}", *(f"{column:>14}" for column in columns))
     rows = []
     for name, shape in shapes:
-        for row in compare(name, shape, peak):
+        for row in compare(name, shape, peak, compiled):
             rows.append(row)
             values = (f"{row[column]:14.3f}" if column in row else " " * 14 for column in columns)
             print(f"{name:16}{row['retrieval']:10}{row['contender']:20}", *values, flush=True)
     return rows
 
 
-def plot(path):
-    """Forward + backward time by K and by context length."""
+SWEEPS = {"chunks retrieved, K": [(str(K), PAPER | dict(B=1, K=K)) for K in (1, 2, 4, 8, 16, 32, 64)],
+          "tokens of context": [(str(64 * C), PAPER | dict(B=1, Cq=C, Ck=C)) for C in (64, 256, 1024, 4096)]}
+
+
+def plot(sweeps, path):
+    """Forward + backward time by K and by context length; sweeps: {label: rows of benchmark()}."""
     import matplotlib.pyplot as plt
-    sweeps = [("chunks retrieved, K", [(K, PAPER | dict(B=1, K=K)) for K in (1, 2, 4, 8, 16, 32, 64)]),
-              ("tokens of context", [(64 * C, PAPER | dict(B=1, Cq=C, Ck=C)) for C in (64, 256, 1024, 4096)])]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, (label, points) in zip(axes, sweeps, strict=True):
-        rows = benchmark([(str(x), shape) for x, shape in points])
-        for name in ("reference", "compiled reference", "copy + SDPA", "FlexAttention", "FlashGCA"):
+    for axis, (label, rows) in zip(axes, sweeps.items(), strict=True):
+        for name in dict.fromkeys(row["contender"] for row in rows):
             mine = [row for row in rows if row["contender"] == name]
             axis.loglog([int(row["shape"]) for row in mine],
                         [row["forward_ms"] + row["backward_ms"] for row in mine], "o-", label=name)
@@ -659,7 +674,7 @@ def main():
     if not torch.cuda.is_available():
         return print("No GPU: the check alone, in Triton's interpreter. There is nothing to time.")
     if args.plot:
-        return plot(args.plot)
+        return plot({label: benchmark(shapes, compiled=False) for label, shapes in SWEEPS.items()}, args.plot)
     rows = benchmark(SHAPES)
     if args.json:
         report = dict(hardware=torch.cuda.get_device_name(), rows=rows)

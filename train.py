@@ -74,15 +74,16 @@ class TrainConfig:
 
 # Settings of known runs; README has their numbers. A flag overrides the preset, the preset the default.
 LM = dict(task="lm", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8, seq_len=16380,
-          batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250)
+          batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
+          gca_residual=False)
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
                 start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=3000, lr=2e-3,
                 gumbel=False),
     "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
-    "books": LM | dict(data="data/books", n_layer=8, n_embd=384, n_head=6, seq_len=8190, batch_size=8,
-                       steps=1500, warmup=100, validate_every=100),
+    "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=128,
+                       seq_len=8190, batch_size=8, steps=850, warmup=100, validate_every=50),
 }
 FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]  # the corpus has that
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU
@@ -513,14 +514,19 @@ def main(argv=None):
         return
     if stopped_by:
         return print(f"\nStopped by {stopped_by} after step {run.step}; go on with --resume --out {args.out}")
-    hardware = evaluation.hardware(device)
+    final_table(args.out, config, corpus, task, device)
+
+
+def final_table(out, config, corpus, task, device):
+    """What the checkpoint can do, on the terminal and in niah.json or ppl.json."""
+    (model, saved), hardware = load_checkpoint(out / "ckpt.pt", device), evaluation.hardware(device)
     if config.task == "lm":
         print(f"\nPerplexity of unseen text by context length ({hardware}):")
-        rows = evaluation.perplexity({args.out.name: run.model}, corpus, None, None, 0, device)
-        return evaluation.save_json(args.out / "ppl.json", chosen, device, rows)
+        rows = evaluation.perplexity({out.absolute().name: model}, corpus, None, None, 0, device)
+        return evaluation.save_json(out / "ppl.json", saved["settings"], device, rows)
     print(f"\nNeedles in contexts of up to 1024 times the training length ({hardware}):")
-    rows = evaluation.niah(run.model, corpus, task, evaluation.lengths_from(config.seq_len), None, 0, device)
-    evaluation.save_json(args.out / "niah.json", chosen, device, rows)
+    rows = evaluation.niah(model, corpus, task, evaluation.lengths_from(config.seq_len), None, 0, device)
+    evaluation.save_json(out / "niah.json", saved["settings"], device, rows)
 
 
 if __name__ == "__main__":
