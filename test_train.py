@@ -214,7 +214,8 @@ def test_micro_batches_add_up_to_the_batch():
         batch = list(torch.randint(256, (2, 4, 60), device=DEVICE))
         metrics = train_module.train_step(train_module.Objective(model, config), optimizer, batch, ranks)
         gradients.append((metrics[0], *(p.grad for p in model.parameters())))
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    close = dict(atol=1e-6, rtol=1e-4) if DEVICE.type == "cpu" else dict(atol=1e-2, rtol=1e-2)   # bfloat16
+    torch.testing.assert_close(*gradients, **close)
 
 
 
