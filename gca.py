@@ -645,17 +645,17 @@ SWEEPS = {"chunks retrieved, K": [(str(K), PAPER | dict(B=1, K=K)) for K in (1, 
 
 
 def plot(sweeps, path):
-    """Forward + backward time by K and by context length; sweeps: {label: rows of benchmark()}."""
+    """Time of the forward pass by K and by context length; sweeps: {label: rows of benchmark()}."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, (label, rows) in zip(axes, sweeps.items(), strict=True):
         for name in dict.fromkeys(row["contender"] for row in rows):
             mine = [row for row in rows if row["contender"] == name]
-            axis.loglog([int(row["shape"]) for row in mine],
-                        [row["forward_ms"] + row["backward_ms"] for row in mine], "o-", label=name)
+            axis.loglog([int(row["shape"]) for row in mine], [row["forward_ms"] for row in mine], "o-",
+                        label=name)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="forward + backward, ms")
+    axes[0].set(ylabel="forward, ms")
     axes[0].legend()
     figure.savefig(path, dpi=150)
 

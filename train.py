@@ -83,7 +83,7 @@ PRESETS = {
                 gumbel=False),
     "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
     "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=128,
-                       seq_len=8190, batch_size=8, steps=850, warmup=100, validate_every=50),
+                       seq_len=8190, batch_size=8, steps=750, warmup=100, validate_every=50),
 }
 FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]  # the corpus has that
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU
@@ -436,7 +436,7 @@ class Run:
         config, first = self.config, self.ranks.rank == 0
         with signals() as caught, open_log(self.out / "log.csv", self.step, first) as file, \
                 tqdm(total=config.steps, initial=self.step, unit="step", disable=not first) as bar:
-            log = csv.DictWriter(file, COLUMNS)
+            log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             self.since = time.perf_counter()
             while self.step < config.steps:
                 self.advance()
