@@ -326,14 +326,9 @@ def n_parts(n_program, n_slot, device):
     return max(1, min(n_slot, 2 * n_processor // n_program))
 
 
-# torch.library.custom_op says the same in fewer words, but its checks take as long as a small kernel.
-INPUTS = "Tensor q, Tensor k, Tensor v, Tensor weights, Tensor indices, bool softmax_one, float scale"
-torch.library.define("gca::forward", f"({INPUTS}) -> Tensor")
-torch.library.define("gca::backward", f"(Tensor do, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-
-
-@torch.library.impl("gca::forward", ("cpu", "cuda"))
-def flash_forward(q, k, v, weights, indices, softmax_one, scale):
+@torch.library.custom_op("gca::forward", mutates_args=())
+def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
+                  indices: torch.Tensor, softmax_one: bool, scale: float) -> torch.Tensor:
     if not (q.numel() and k.numel()):
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     options = launch_options(q, k, softmax_one)
@@ -362,8 +357,10 @@ def retrieved_by(indices, Ck):
     return pairs, offsets
 
 
-@torch.library.impl("gca::backward", ("cpu", "cuda"))
-def flash_backward(do, q, k, v, weights, indices, softmax_one, scale):
+@torch.library.custom_op("gca::backward", mutates_args=())
+def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
+                   indices: torch.Tensor, softmax_one: bool, scale: float
+                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if not (q.numel() and k.numel()):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
     options = launch_options(q, k, softmax_one)
@@ -389,12 +386,12 @@ def flash_backward(do, q, k, v, weights, indices, softmax_one, scale):
     return dq, dk, dv, dw.sum(-1).to(weights.dtype)
 
 
-@torch.library.register_fake("gca::forward")
+@flash_forward.register_fake
 def _(q, k, v, weights, indices, softmax_one, scale):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-@torch.library.register_fake("gca::backward")
+@flash_backward.register_fake
 def _(do, q, k, v, weights, indices, softmax_one, scale):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
 
@@ -405,15 +402,15 @@ def save_inputs(ctx, inputs, output):
 
 
 def backward(ctx, do):
-    return *torch.ops.gca.backward(do, *ctx.saved_tensors, ctx.softmax_one, ctx.scale), None, None, None
+    return *flash_backward(do, *ctx.saved_tensors, ctx.softmax_one, ctx.scale), None, None, None
 
 
 def no_second_derivative(ctx, *grads):
     raise RuntimeError("the kernels are differentiable once; for second derivatives use backend='reference'")
 
 
-torch.library.register_autograd("gca::forward", backward, setup_context=save_inputs)
-torch.library.register_autograd("gca::backward", no_second_derivative)
+flash_forward.register_autograd(backward, setup_context=save_inputs)
+flash_backward.register_autograd(no_second_derivative)
 
 
 # ---------------------------------------------------------------- the function to call
@@ -451,7 +448,7 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
         raise ValueError(f"q, k and v for backend 'triton' must be float32, bfloat16 or float16, with D in "
                          f"{HEAD_WIDTHS} and at most {MAX_KEYS} keys a chunk (64 if float32 with D 256), "
                          f"got {q.dtype}, D {q.shape[-1]}, Sk {k.shape[2]}")
-    return torch.ops.gca.forward(q, k, v, weights, indices, softmax_one, scale)
+    return flash_forward(q, k, v, weights, indices, softmax_one, scale)
 
 
 def check_arguments(q, k, v, weights, indices, backend):

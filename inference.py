@@ -367,7 +367,10 @@ def save_atomically(path, state, previous=None):
     if previous and path.exists():
         linked = previous.with_name(previous.name + ".partial")
         linked.unlink(missing_ok=True)
-        os.link(path, linked)                       # a second name, so that the first is there at all times
+        try:
+            os.link(path, linked)                   # a second name, so that the first is there at all times
+        except OSError:                             # a file system without such names
+            linked = path
         os.replace(linked, previous)
     os.replace(partial, path)
 
