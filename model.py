@@ -318,8 +318,10 @@ class Grid:
         """
         if self.chunks == 1:
             return x[:, None]
-        pad = (0, 0) * (x.dim() - 2) + (self.offset, self.chunks * rows - self.offset - length)
-        return F.pad(x, pad).unflatten(1, (self.chunks, rows))
+        after = self.chunks * rows - self.offset - length
+        if self.offset or after:                        # F.pad copies even where there is nothing to add
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (self.offset, after))
+        return x.unflatten(1, (self.chunks, rows))
 
     def to_chunks(self, x):                  # (B, N, ...) -> (B, C, S, ...)
         return self.place(x, self.S, self.length)
@@ -354,12 +356,12 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
     weights are the softmax of the noiseless scores. Returns weights and indices (B, n, K), index -1 where a
     slot is empty. Scores are computed a block at a time; the best K so far compete with each block's best K.
     """
-    t = torch.arange(first, first + query.shape[1], device=query.device)[:, None]
-    size, start = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1])), 0
-    best = [query.new_empty(*query.shape[:2], 0)] * 2 + [t.new_empty(*query.shape[:2], 0)]
-    query = query * query.shape[-1] ** -0.5
+    (B, n, d), start = query.shape, 0
+    t = torch.arange(first, first + n, device=query.device)[:, None]
+    size = max(1, MAX_SCORES // max(1, B * n) // BUNDLE) * BUNDLE
+    best = [torch.empty(B, n, 0, device=query.device)] * 2 + [t.new_empty(B, n, 0)]
     for block in (block for page in landmarks for block in page.split(size, dim=1)):
-        scores = query @ block.float().mT                                              # (B, n, M)
+        scores = inner_products(query, block)                                          # (B, n, M)
         if random:
             scores = torch.zeros_like(scores)
         ranking = scores.detach()
@@ -367,7 +369,7 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
             chunk = torch.arange(start, start + block.shape[1], device=query.device)
             ranking = ranking.masked_fill(chunk >= t, float("-inf"))
         if gumbel or random:
-            ranking = ranking - torch.empty_like(ranking).exponential_().log()
+            ranking = ranking * d ** -0.5 - torch.empty_like(ranking).exponential_().log()
         chosen = top(ranking, top_k)
         candidates = ranking.gather(-1, chosen), scores.gather(-1, chosen), chosen + start
         ranking, *rest = (torch.cat(pair, dim=-1) for pair in zip(best, candidates, strict=True))
@@ -376,8 +378,15 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
         start += block.shape[1]
     _, scores, indices = (F.pad(x, (0, top_k - x.shape[-1])) for x in best)
     empty = F.pad(best[0], (0, top_k - best[0].shape[-1]), value=float("-inf")) == float("-inf")
-    weights = scores.masked_fill(empty, torch.finfo(scores.dtype).min).softmax(-1)
+    weights = (scores * d ** -0.5).masked_fill(empty, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(empty, 0), indices.masked_fill(empty, -1)
+
+
+def inner_products(query, landmarks):
+    """(B, n, d), (B, M, d) -> (B, n, M) float32, as exact as the inputs."""
+    if query.is_cuda and query.dtype == landmarks.dtype != torch.float32 and not query.requires_grad:
+        return torch.bmm(query, landmarks.mT, out_dtype=torch.float32)      # low precision in, none lost
+    return query.float() @ landmarks.float().mT
 
 
 def top(x, k):
@@ -387,7 +396,9 @@ def top(x, k):
     """
     if x.shape[-1] < 64 * BUNDLE:
         return x.topk(min(k, x.shape[-1])).indices
-    bundles = F.pad(x, (0, -x.shape[-1] % BUNDLE), value=float("-inf")).unflatten(-1, (-1, BUNDLE))
+    if x.shape[-1] % BUNDLE:
+        x = F.pad(x, (0, -x.shape[-1] % BUNDLE), value=float("-inf"))
+    bundles = x.unflatten(-1, (-1, BUNDLE))
     which = bundles.amax(-1).topk(min(k, bundles.shape[-2])).indices                   # (.., k)
     inside = bundles.gather(-2, which[..., None].expand(*which.shape, BUNDLE)).flatten(-2)
     best = inside.topk(k).indices
@@ -573,8 +584,8 @@ class DRT(nn.Module):
         if grid.whole:
             landmarks = memory.landmarks() if memory else chunks[:1]
             with torch.autocast(x.device.type, enabled=False):                 # ranking needs full precision
-                new = retrieve(self.query_norms[g](grid.landmarks(x)).float(), landmarks, grid.first,
-                               config.top_k, explore, config.retriever == "random")
+                new = retrieve(self.query_norms[g](grid.landmarks(x)), landmarks, grid.first, config.top_k,
+                               explore, config.retriever == "random")
             served = [torch.cat(pair, dim=1) for pair in zip(served, new, strict=True)]
             if memory:
                 memory.serving[g] = tuple(y[:, -1:].contiguous() for y in served)
