@@ -47,7 +47,8 @@ def random_tokens(*shape):
 
 @pytest.mark.parametrize("n, past, window, heads", [
     (50, 0, 16, (4, 4)), (50, 16, 16, (4, 2)), (33, 5, 16, (6, 3)), (16, 16, 16, (2, 1)),
-    (300, 64, 64, (3, 1)), (1, 7, 16, (4, 4)), (400, 0, 130, (4, 2)), (400, 130, 130, (2, 2))])
+    (300, 64, 64, (3, 1)), (1, 7, 16, (4, 4)), (400, 0, 130, (4, 2)), (400, 130, 130, (2, 2)),
+    (530, 270, 270, (2, 2))])
 def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window, heads):
     torch.manual_seed(0)
     q = torch.randn(2, heads[0], n, 16)
