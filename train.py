@@ -82,8 +82,8 @@ PRESETS = {
                 start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=3000, lr=2e-3,
                 gumbel=False),
     "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
-    "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=128,
-                       seq_len=8190, batch_size=8, steps=750, warmup=100, validate_every=50),
+    "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
+                       seq_len=8190, batch_size=8, steps=1800, warmup=100, validate_every=100, gumbel=False),
 }
 FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]  # the corpus has that
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU
