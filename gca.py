@@ -10,25 +10,23 @@ them, then a sum of the K results, weighted by the retrieval weights. For a quer
     FlashGCA        Triton kernels, forward and backward (Appendix B), which read K and V through the indices
     gca             the function to call: checks its arguments and picks one of the two
 
-Run `python gca.py` to check the kernels against the reference and to time them.
+Run `python gca.py` to check the kernels against the reference and to time them (bench.py).
 
 Symbols: B batch, Cq query chunks of Sq rows, Ck chunks of Sk keys, K retrieved chunks (slots) a query
 chunk, Hq query heads, Hkv key/value heads (head h reads key/value head h // (Hq / Hkv)), D head width.
 """
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
 import os
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"        # `python gca.py` checks the kernels on any machine
+if __name__ == "__main__":                      # python gca.py: bench.py imports this file as a module
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"    # the kernels can be checked on any machine
+    import bench
+    raise SystemExit(bench.main())
 try:
     import triton
     import triton.language as tl
@@ -484,202 +482,3 @@ def check_arguments(q, k, v, weights, indices, backend):
         if low < -1 or high >= Ck:
             wrong = low if low < -1 else high
             raise ValueError(f"indices must be in [0, {Ck}), or -1 for an empty slot, got {wrong}")
-
-
-# ---------------------------------------------------------------- check and benchmark: python gca.py
-
-def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, retrieval="uniform"):
-    """Random arguments of gca(). retrieval: different chunks, all equally likely ("uniform") or by Zipf's law
-    ("skewed"), or uniform but for one slot of every query chunk, which holds chunk 0 ("worst")."""
-    q, k, v = (torch.randn(B, C, S, H, D, device=device, dtype=dtype)
-               for C, S, H in ((Cq, Sq, Hq), (Ck, Sk, Hkv), (Ck, Sk, Hkv)))
-    popularity = torch.arange(1, Ck + 1, device=device).double() ** -(retrieval == "skewed")
-    if retrieval == "worst":
-        popularity[0] = 0
-    indices = torch.multinomial(popularity.expand(B * Cq, Ck), K).view(B, Cq, K)
-    if retrieval == "worst":
-        indices[..., 0] = 0
-    return q, k, v, torch.rand(B, Cq, K, device=device), indices
-
-
-def output_and_gradients(function, *tensors):
-    *floats, indices = tensors
-    leaves = [x.detach().requires_grad_() for x in floats]
-    out = function(*leaves, indices)
-    return out, *torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(1).sin())
-
-
-def check(device):
-    """Print the kernel's relative errors against the reference in float64: output and gradients."""
-    for dtype in DTYPES if device == "cuda" else DTYPES[:1]:
-        *floats, indices = random_inputs(device, dtype)
-        got = output_and_gradients(partial(gca, backend="triton"), *floats, indices)
-        wanted = output_and_gradients(gca_reference, *(x.double() for x in floats), indices)
-        errors = [f"{((x - y).norm() / y.norm()).item():.1e}" for x, y in zip(got, wanted, strict=True)]
-        print(f"{str(dtype)[6:]:9} relative error of out, dq, dk, dv, dweights:", *errors)
-
-
-PAPER = dict(B=4, Cq=256, Sq=64, Hq=12, Hkv=12, D=64, Ck=256, Sk=64, K=8)       # of one layer, in training
-SHAPES = [("paper", PAPER | dict(retrieval=name)) for name in ("uniform", "skewed", "worst")] + [
-    ("GQA 16/4 x 128", PAPER | dict(Hq=16, Hkv=4, D=128)),
-    ("65,536 tokens", PAPER | dict(B=1, Cq=1024, Ck=1024)),
-    ("K 32", PAPER | dict(K=32)),
-    ("8 heads of 16", PAPER | dict(Hq=8, Hkv=8, D=16)),
-    ("8 heads of 32", PAPER | dict(Hq=8, Hkv=8, D=32)),
-    *((f"decode {rows} x {B}", PAPER | dict(B=B, Cq=1, Sq=rows)) for B in (1, 8, 64) for rows in (1, 64))]
-
-
-def copied(x, indices, n_head):
-    """The retrieved chunks of each query chunk as one sequence: (B * Cq, n_head, K * Sk, D)."""
-    return retrieved_chunks(x, indices, n_head).flatten(2, 3).flatten(0, 1).transpose(1, 2)
-
-
-def flex_attention_on_blocks(q, k, v, indices):
-    """A function of q, k and v: FlexAttention of each query chunk to its chunks, one softmax over all."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-    (B, Cq, Sq, _, _), Ck, Sk = q.shape, k.shape[1], k.shape[2]
-    blocks = F.pad(indices, (0, Ck - indices.shape[2])).int()[:, None]
-    count = torch.full((B, 1, Cq), indices.shape[2], dtype=torch.int32, device=q.device)
-    mask = BlockMask.from_kv_blocks(count * 0, blocks, count, blocks, BLOCK_SIZE=(Sq, Sk))
-    compiled = torch.compile(flex_attention, dynamic=False)
-    tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_M1=32, BLOCK_N1=64, BLOCK_M2=64, BLOCK_N2=32)
-    return lambda *qkv: compiled(*(x.flatten(1, 2).transpose(1, 2) for x in qkv), block_mask=mask,
-                                 enable_gqa=True, kernel_options=tiles)
-
-
-def contenders(q, k, v, weights, indices, compiled):
-    """name, function and leaves of each way to compute this, or, with one softmax over all, as much.
-
-    compiled: also those that need a compiler, which takes its time.
-    """
-    heads, sdpa = q.shape[3], F.scaled_dot_product_attention
-    in_chunks = q.detach().flatten(0, 1).transpose(1, 2).requires_grad_()
-    copies = [copied(x.detach(), indices, heads).requires_grad_() for x in (k, v)]
-    yield "SDPA, copied before", sdpa, (in_chunks, *copies)
-    del in_chunks, copies
-    yield "reference", lambda *x: gca_reference(*x, indices), (q, k, v, weights)
-    if compiled:
-        function = torch.compile(gca_reference, dynamic=False)
-        yield "compiled reference", lambda *x: function(*x, indices), (q, k, v, weights)
-    yield "copy + SDPA", lambda q, k, v: sdpa(q.flatten(0, 1).transpose(1, 2), copied(k, indices, heads),
-                                              copied(v, indices, heads)), (q, k, v)
-    if compiled:
-        yield "FlexAttention", flex_attention_on_blocks(q, k, v, indices), (q, k, v)
-    yield "FlashGCA", lambda *x: gca(*x, indices), (q, k, v, weights)
-
-
-def measure(function, leaves, backward):
-    """Median milliseconds, forward and backward, and MiB beyond inputs, output and gradients at the peak.
-
-    The forward pass is timed as a CUDA graph: some take no longer than it takes Python to launch them.
-    """
-    with torch.no_grad():
-        ms = triton.testing.do_bench_cudagraph(partial(function, *leaves), return_mode="median")
-    row = dict(forward_ms=ms)
-    if not backward:
-        return row
-    upstream = torch.randn_like(function(*leaves))
-
-    def gradients():
-        out = function(*leaves)
-        return out, *torch.autograd.grad(out, leaves, upstream)
-
-    gradients()                                 # compile
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = sum(x.numel() * x.element_size() for x in gradients())
-    extra = torch.cuda.max_memory_allocated() - before - kept
-    out = function(*leaves)
-    ms = triton.testing.do_bench(partial(torch.autograd.grad, out, leaves, upstream, retain_graph=True),
-                                 return_mode="median")
-    return row | dict(backward_ms=ms, extra_mib=extra / 2 ** 20)
-
-
-def compare(name, shape, peak, compiled):
-    """One row for each contender; ours has the ratio to the best of the others, forward + backward."""
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False          # or the compiled backward could run only once
-    *floats, indices = random_inputs("cuda", torch.bfloat16, **shape)
-    backward = shape["Cq"] > 1
-    flops = 4 * shape["B"] * shape["Cq"] * shape["Sq"] * shape["Hq"] * shape["K"] * shape["Sk"] * shape["D"]
-    best = float("inf")
-    floats = [x.requires_grad_(backward) for x in floats]
-    for contender, function, leaves in contenders(*floats, indices, compiled and backward):
-        try:
-            row = measure(function, leaves, backward)
-        except RuntimeError as error:           # out of memory, or not for this shape
-            print(f"{name}, {contender}: {str(error).splitlines()[0][:100]}")
-            continue
-        total = row["forward_ms"] + row.get("backward_ms", 0)
-        row["forward_share"] = 100 * flops / row["forward_ms"] / peak
-        if backward:
-            row["backward_share"] = 250 * flops / row["backward_ms"] / peak
-        if contender == "FlashGCA":
-            row["ratio"] = best / total
-        elif contender != "SDPA, copied before":
-            best = min(best, total)
-        yield dict(shape=name, retrieval=shape.get("retrieval", "uniform"), contender=contender) | row
-
-
-def benchmark(shapes, compiled=True):
-    """Rows of numbers, printed as they come. Shares are of the measured bf16 matrix product, in percent."""
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * 8192 ** 3 / triton.testing.do_bench(lambda: a @ b, return_mode="median")   # FLOP a millisecond
-    print(f"{torch.cuda.get_device_name()}, bf16; matrix product: {peak / 1e9:.0f} TFLOP/s")
-    columns = ("forward_ms", "backward_ms", "forward_share", "backward_share", "extra_mib", "ratio")
-    print(f"{'shape':16}{'retrieval':10}{'contender':20}", *(f"{column:>14}" for column in columns))
-    rows = []
-    for name, shape in shapes:
-        for row in compare(name, shape, peak, compiled):
-            rows.append(row)
-            values = (f"{row[column]:14.3f}" if column in row else " " * 14 for column in columns)
-            print(f"{name:16}{row['retrieval']:10}{row['contender']:20}", *values, flush=True)
-    return rows
-
-
-SWEEPS = {"chunks retrieved, K": [(str(K), PAPER | dict(B=1, K=K)) for K in (1, 2, 4, 8, 16, 32, 64)],
-          "tokens of context": [(str(64 * C), PAPER | dict(B=1, Cq=C, Ck=C)) for C in (64, 256, 1024, 4096)]}
-
-
-def plot(sweeps, path):
-    """Time of the forward pass by K and by context length; sweeps: {label: rows of benchmark()}."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, (label, rows) in zip(axes, sweeps.items(), strict=True):
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            mine = [row for row in rows if row["contender"] == name]
-            axis.loglog([int(row["shape"]) for row in mine], [row["forward_ms"] for row in mine], "o-",
-                        label=name)
-        axis.set(xlabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="forward, ms")
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Check FlashGCA against the reference; on a GPU, time it.")
-    parser.add_argument("--json", type=Path, help="write the benchmark's rows to this file")
-    parser.add_argument("--plot", type=Path, help="draw time by K and by length instead (needs matplotlib)")
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    args = parser.parse_args()
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{name}: no folder {path.parent} to write {path.name} to")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if triton is None:
-        return print("Nothing to check: triton is not installed (Linux: pip install triton).")
-    check("cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.cuda.is_available():
-        return print("No GPU: the check alone, in Triton's interpreter. There is nothing to time.")
-    if args.plot:
-        return plot({label: benchmark(shapes, compiled=False) for label, shapes in SWEEPS.items()}, args.plot)
-    rows = benchmark(SHAPES)
-    if args.json:
-        report = dict(hardware=torch.cuda.get_device_name(), rows=rows)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

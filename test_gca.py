@@ -4,7 +4,10 @@ On a machine with a GPU the kernels run there; elsewhere Triton's interpreter ru
 """
 import math
 import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,3 +340,19 @@ def test_a_machine_that_cannot_run_the_kernel_is_told_so(monkeypatch):
 def test_no_chunks_give_zeros():
     q, k, v, weights, indices = inputs()
     assert (kernel(q, k[:, :0], v[:, :0], weights, indices * 0 - 1) == 0).all()
+
+
+def test_python_gca_checks_the_kernels():
+    """Without a GPU: the errors, and a sentence that there is nothing to time."""
+    def run(*flags):
+        environment = os.environ | dict(CUDA_VISIBLE_DEVICES="")
+        return subprocess.run([sys.executable, "gca.py", *flags], cwd=Path(__file__).parent, text=True,
+                              env=environment, capture_output=True, timeout=300)
+
+    done = run()
+    if gca_module.triton:
+        errors = done.stdout.splitlines()[0].split(": ")[1].split()
+        assert len(errors) == 5 and max(map(float, errors)) < 2e-6
+    assert "othing to" in done.stdout and done.returncode == 0, done.stderr
+    done = run("--json", "nowhere/gca.json")
+    assert done.returncode == 2 and done.stderr == "error: --json: no folder nowhere to write gca.json to\n"
