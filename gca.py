@@ -83,13 +83,15 @@ def retrieved_chunks(x, indices, n_head):
 # Programs are numbered chunks first, then heads: those that run at the same time then share the keys and
 # values of one or two heads, which fit the L2 cache, where all heads together do not.
 #
-# What was tried, paper's shape in bf16 on an H100 or H200, milliseconds of the kernel in question:
-#     forward: heads first 0.36, chunks first 0.30 | pointers 0.32, TMA 0.30 | 8 warps 0.67 | 3 stages 0.31
-#              at most 96 registers a thread (maxnreg) 0.29
-#     dQ: recomputing the softmax 0.42, and storing its statistics for dK/dV besides 0.51
-#     dK/dV: reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
-#            scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
+# What was tried: milliseconds of single kernels of prototypes, paper's shape in bf16, on an H100 or H200.
+#     forward  heads first 0.36, chunks first 0.30 | pointers 0.32, TMA 0.30 | 1 or 2 warps 0.40, 8 warps 0.67
+#              3 stages 0.31 | at most 96 registers a thread (maxnreg) 0.29
+#     dQ       recomputing the softmax 0.42, and storing its statistics for dK/dV besides 0.51
+#     dK/dV    reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
+#              scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
+#              dK and dV accumulated transposed 0.64 for 0.60 | fewer warps or rows: 1.3 and more
 #     8 heads of 16, at most so many registers: forward 80: 0.141, 96: 0.148 | dK/dV 128: 0.266, no cap: 0.304
+#     no gain: unrolled loops, fetching the next index early
 
 @jit
 def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):

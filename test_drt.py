@@ -120,8 +120,17 @@ def test_retrieval_in_blocks_is_one_big_retrieval(monkeypatch):
 def test_top_finds_the_largest(n, monkeypatch):
     monkeypatch.setattr(model_module, "BUNDLE", 3)
     x = torch.randn(5, n).round(decimals=1)                                        # with ties
+    x[0] = float("-inf")                                                           # nothing to choose from
     torch.testing.assert_close(x.gather(-1, model_module.top(x, 8)).sort().values,
                                x.topk(min(8, n)).values.sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_as_exact_as_queries_and_landmarks(dtype):
+    query, landmarks = (torch.randn(2, n, 64, device=DEVICE, dtype=dtype) for n in (5, 300))
+    wanted = query.double() @ landmarks.double().mT
+    scores = model_module.inner_products(query, landmarks)
+    torch.testing.assert_close(scores.double(), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("n_group", [1, 2])
