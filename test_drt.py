@@ -21,6 +21,7 @@ from model import (
     Memory,
     alibi_slopes,
     band_bias,
+    band_blocks,
     banded_attention,
     dense_attention,
     one_query_attention,
@@ -71,6 +72,23 @@ def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window,
         torch.testing.assert_close(last.cpu(), out[:, :, -1:], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n, past, window", [(300, 0, 64), (400, 130, 130), (1000, 512, 512), (700, 513, 513),
+                                             (600, 0, 255), (130, 70, 129)])
+def test_blocks_cover_the_band_once(n, past, window):
+    """What flex_attention reads on a GPU: masked blocks as far as the band goes, whole blocks all of it."""
+    m, blocks = n + past, band_blocks(n, n + past, window, torch.device("cpu"))
+    distance = torch.arange(past, m)[:, None] - torch.arange(m)
+    band, times_read = (distance >= 0) & (distance < window), torch.zeros(n, m, dtype=torch.int)
+    for counts, lists, whole in ((blocks.kv_num_blocks, blocks.kv_indices, False),
+                                 (blocks.full_kv_num_blocks, blocks.full_kv_indices, True)):
+        for row in range(0 if counts is None else counts.shape[-1]):
+            for block in lists[0, 0, row, :counts[0, 0, row]].tolist():
+                tile = slice(128 * row, 128 * row + 128), slice(128 * block, 128 * block + 128)
+                times_read[tile] += 1 if whole else band[tile].int()
+    assert torch.equal(times_read, band.int())
+    assert (blocks.full_kv_num_blocks is None) == (window < 255)
+
+
 def test_alibi_slopes():
     assert alibi_slopes(8).tolist() == [2.0 ** -i for i in range(1, 9)]
     assert len(alibi_slopes(12)) == 12 and len(set(alibi_slopes(12).tolist())) == 12
@@ -116,13 +134,32 @@ def test_retrieval_in_blocks_is_one_big_retrieval(monkeypatch):
     torch.testing.assert_close(weights, best.values.softmax(-1))
 
 
+def test_gumbel_noise_chooses_by_the_softmax_of_the_scores():
+    """Gumbel-max: with one slot, a chunk is chosen as often as the softmax says."""
+    torch.manual_seed(0)
+    query, landmarks = torch.randn(1, 1, 64).expand(20000, 1, 64), torch.randn(1, 4, 64).expand(20000, 4, 64)
+    _, indices = retrieve(query, [landmarks], 4, 1, gumbel=True)
+    wanted = (landmarks[0] @ query[0, 0] / 8).softmax(0)
+    torch.testing.assert_close(indices.flatten().bincount(minlength=4) / 20000, wanted, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("n", [1, 7, 191, 192, 193, 1000])
 def test_top_finds_the_largest(n, monkeypatch):
     monkeypatch.setattr(model_module, "BUNDLE", 3)
     x = torch.randn(5, n).round(decimals=1)                                        # with ties
-    x[0] = float("-inf")                                                           # nothing to choose from
     torch.testing.assert_close(x.gather(-1, model_module.top(x, 8)).sort().values,
                                x.topk(min(8, n)).values.sort().values)
+
+
+def test_top_never_chooses_padding(monkeypatch):
+    """Whichever of equal numbers topk prefers: here the last."""
+    def last_of_equals(x, k):
+        order = x.flip(-1).sort(stable=True, dim=-1, descending=True)
+        return torch.return_types.topk((order.values[..., :k], x.shape[-1] - 1 - order.indices[..., :k]))
+
+    monkeypatch.setattr(model_module, "BUNDLE", 3)
+    monkeypatch.setattr(torch.Tensor, "topk", last_of_equals)
+    assert model_module.top(torch.full((2, 193), float("-inf")), 8).max() < 193
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
