@@ -81,10 +81,9 @@ def contenders(q, k, v, weights, indices, compiled):
     compiled: also those that need a compiler, which takes its time.
     """
     heads, sdpa = q.shape[3], F.scaled_dot_product_attention
-    in_chunks = q.detach().flatten(0, 1).transpose(1, 2).requires_grad_()
-    copies = [copied(x.detach(), indices, heads).requires_grad_() for x in (k, v)]
-    yield "SDPA, copied before", sdpa, (in_chunks, *copies)
-    del in_chunks, copies
+    copies = [copied(x, indices, heads) for x in (k, v)]
+    yield "SDPA, copied before", sdpa, (q.flatten(0, 1).transpose(1, 2), *copies)
+    del copies
     yield "reference", lambda *x: gca_reference(*x, indices), (q, k, v, weights)
     if compiled:
         function = torch.compile(gca_reference, dynamic=False)
@@ -99,39 +98,38 @@ def contenders(q, k, v, weights, indices, compiled):
 def measure(function, leaves, backward):
     """Median milliseconds, forward and backward, and MiB beyond inputs, output and gradients at the peak.
 
-    The forward pass is timed as a CUDA graph: some take no longer than it takes Python to launch them.
+    Both are timed as CUDA graphs: some take no longer than it takes Python to launch them. Backward is what
+    forward and backward together take beyond the forward pass.
     """
+    def milliseconds(run):
+        return triton.testing.do_bench_cudagraph(run, return_mode="median")
+
     with torch.no_grad():
-        ms = triton.testing.do_bench_cudagraph(partial(function, *leaves), return_mode="median")
-    row = dict(forward_ms=ms)
+        row = dict(forward_ms=milliseconds(partial(function, *leaves)))
     if not backward:
         return row
     upstream = torch.randn_like(function(*leaves))
 
     def gradients():
-        out = function(*leaves)
-        return out, *torch.autograd.grad(out, leaves, upstream)
+        own = [x.detach().requires_grad_() for x in leaves]     # leaves of the stream that records the graph
+        out = function(*own)
+        return out, *torch.autograd.grad(out, own, upstream)
 
     gradients()                                 # compile
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     kept = sum(x.numel() * x.element_size() for x in gradients())
     extra = torch.cuda.max_memory_allocated() - before - kept
-    out = function(*leaves)
-    ms = triton.testing.do_bench(partial(torch.autograd.grad, out, leaves, upstream, retain_graph=True),
-                                 return_mode="median")
-    return row | dict(backward_ms=ms, extra_mib=extra / 2 ** 20)
+    return row | dict(backward_ms=milliseconds(gradients) - row["forward_ms"], extra_mib=extra / 2 ** 20)
 
 
 def compare(name, shape, peak, compiled):
     """One row for each contender; ours has the ratio to the best of the others, forward + backward."""
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False          # or the compiled backward could run only once
     *floats, indices = random_inputs("cuda", torch.bfloat16, **shape)
     backward = shape["Cq"] > 1
     flops = 4 * shape["B"] * shape["Cq"] * shape["Sq"] * shape["Hq"] * shape["K"] * shape["Sk"] * shape["D"]
     best = float("inf")
-    floats = [x.requires_grad_(backward) for x in floats]
     for contender, function, leaves in contenders(*floats, indices, compiled and backward):
         try:
             row = measure(function, leaves, backward)

@@ -90,8 +90,10 @@ def retrieved_chunks(x, indices, n_head):
 #     dK/dV    reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
 #              scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
 #              dK and dV accumulated transposed 0.64 for 0.60 | fewer warps or rows: 1.3 and more
+#              K known to the compiler (a division less) 0.62 for 0.64, rows a chunk known too 0.73
 #     8 heads of 16, at most so many registers: forward 80: 0.141, 96: 0.148 | dK/dV 128: 0.266, no cap: 0.304
-#     no gain: unrolled loops, fetching the next index early
+#     no gain: unrolled loops, fetching the next index early, the next scores before this softmax (Triton
+#              waits for every product at once), dQ beside dK/dV on a stream of its own
 
 @jit
 def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
@@ -172,7 +174,8 @@ def backward_q_kernel(Q, K, V, W, Index, DO, DQ, DW, scale, n_slot, Cq, Sq, Sk, 
         dp = tl.dot(do, v.T, input_precision=DOT)
         p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
         delta = tl.sum(p * dp, 1) * inverse                              # rowsum(dO * o_c)
-        ds = p * ((dp - delta[:, None]) * (w * inverse)[:, None])
+        share = w * inverse
+        ds = p * (dp * share[:, None] - (delta * share)[:, None])        # a fused multiply-add, and a product
         dq += tl.dot(ds.to(k.dtype), k, input_precision=DOT)
         tl.store(DW + ((slots + slot) * n_block + block) * Hq + h, tl.sum(delta, 0))
     store_tile(DQ, b, c, block * ROWS, h, dq * scale, ROWS, D)
@@ -201,16 +204,17 @@ def retrieved_by_kernel(Index, Pairs, Offsets, n_pair, Ck, BLOCK: tl.constexpr):
 
 
 # Then one program computes dK and dV of one chunk in one key/value head, in a walk over the chunk's list. So
-# that popular chunks do not leave the GPU to a few programs, lists are cut wherever a multiple of SEGMENT
-# falls inside them. The start of a list writes to dK and dV; what follows a cut has a program and float32
-# tiles of its own, which add_cuts_kernel then adds up in order. Programs of cuts come first: they are the
-# long ones.
+# that popular chunks do not leave the GPU to a few programs, lists longer than SEGMENT are cut wherever a
+# multiple of SEGMENT falls inside them. The start of a list writes to dK and dV; what follows a cut has a
+# program and float32 tiles of its own, which add_cuts_kernel then adds up in order. Programs of cuts come
+# first: they are the long ones.
 
 @jit
-def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets, scale, n_slot, n_cut,
-                       B, Cq, Ck, Sq, Sk, Hkv, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-                       KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr, SEGMENT: tl.constexpr):
-    pid, n_pair = tl.program_id(0), Cq * n_slot
+def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets, scale, n_cut, B, Cq, Ck,
+                       Sq, Sk, Hkv, SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                       ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr,
+                       SEGMENT: tl.constexpr):
+    pid, n_pair = tl.program_id(0), Cq * SLOTS
     is_cut = pid < n_cut * Hkv * B
     n_item = tl.where(is_cut, n_cut, Ck)
     pid -= tl.where(is_cut, 0, n_cut * Hkv * B)
@@ -222,12 +226,15 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets
         in_use = start < tl.load(Offsets + Ck)
         pair = tl.load(Pairs + pairs + start, mask=in_use, other=0)
         chunk = tl.load(Index + pairs + pair, mask=in_use, other=0).to(tl.int32)
-        in_use &= tl.load(Offsets + chunk) < start
+        first, stop = tl.load(Offsets + chunk), tl.load(Offsets + chunk + 1)
+        in_use &= (first < start) & (stop - first > SEGMENT)
     else:
         chunk, in_use = item, pid >= 0
-        start = tl.load(Offsets + chunk)
+        start, stop = tl.load(Offsets + chunk), tl.load(Offsets + chunk + 1)
+        first = start
     if in_use:
-        stop = min((start // SEGMENT + 1) * SEGMENT, tl.load(Offsets + chunk + 1))
+        if stop - first > SEGMENT:
+            stop = min((start // SEGMENT + 1) * SEGMENT, stop)
         k = load_tile(K, b, chunk, 0, h, KEYS, D)
         v = load_tile(V, b, chunk, 0, h, KEYS, D)
         dk = tl.zeros((KEYS, D), tl.float32)
@@ -236,7 +243,7 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets
         for step in range(start * n_tile, stop * n_tile):
             pair = tl.load(Pairs + pairs + step // n_tile)
             w = tl.load(W + pairs + pair)
-            c, row, head = pair // n_slot, step % n_tile // GROUP * ROWS, h * GROUP + step % GROUP
+            c, row, head = pair // SLOTS, step % n_tile // GROUP * ROWS, h * GROUP + step % GROUP
             q = load_tile(Q, b, c, row, head, ROWS, D)
             do = load_tile(DO, b, c, row, head, ROWS, D)
             scores = tl.dot(q, k.T, input_precision=DOT)                 # (ROWS, KEYS)
@@ -262,11 +269,10 @@ def add_cuts_kernel(DK, DV, CutK, CutV, Offsets, Ck, Hkv, D: tl.constexpr, KEYS:
     pid = tl.program_id(0)
     chunk, h, b = pid % Ck, pid // Ck % Hkv, pid // (Ck * Hkv)
     start, stop = tl.load(Offsets + b * (Ck + 1) + chunk), tl.load(Offsets + b * (Ck + 1) + chunk + 1)
-    first, last = start // SEGMENT, (stop - 1) // SEGMENT
-    if first < last:
+    if stop - start > SEGMENT:
         dk = load_tile(DK, b, chunk, 0, h, KEYS, D).to(tl.float32)
         dv = load_tile(DV, b, chunk, 0, h, KEYS, D).to(tl.float32)
-        for cut in range(first, last):
+        for cut in range(start // SEGMENT, (stop - 1) // SEGMENT):
             dk += load_tile(CutK, b, cut, 0, h, KEYS, D)
             dv += load_tile(CutV, b, cut, 0, h, KEYS, D)
         store_tile(DK, b, chunk, 0, h, dk, KEYS, D)
@@ -295,7 +301,7 @@ def launch_options(q, k, softmax_one):
 
 def register_cap(kernel, options):
     """At most so many registers a thread, where more programs at a time outweigh what then spills."""
-    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_q={32: 112}, backward_kv={16: 128, 32: 128})
+    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_kv={16: 128, 32: 128})
     return caps[kernel].get(options["D"]) if options["num_stages"] == 2 and options["KEYS"] <= 64 else None
 
 
@@ -374,13 +380,13 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     query, upstream, dquery = descriptors(ROWS, q, do, dq)
     tiles = descriptors(KEYS, k, v)
     backward_q_kernel[(n_program,)](query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq,
-                                    Sk, Hq, **options, maxnreg=register_cap("backward_q", options))
+                                    Sk, Hq, **options)
     pairs, offsets = retrieved_by(indices, Ck)
     cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
     totals, parts = descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
     backward_kv_kernel[(B * (n_cut + Ck) * Hkv,)](
-        query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_slot, n_cut, B, Cq, Ck,
-        Sq, Sk, Hkv, SEGMENT=SEGMENT, **options, maxnreg=register_cap("backward_kv", options))
+        query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_cut, B, Cq, Ck, Sq, Sk,
+        Hkv, SLOTS=n_slot, SEGMENT=SEGMENT, **options, maxnreg=register_cap("backward_kv", options))
     if n_cut:
         add_cuts_kernel[(B * Ck * Hkv,)](*totals, *parts, offsets, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
     return dq, dk, dv, dw.sum(-1).to(weights.dtype)
