@@ -87,13 +87,14 @@ def retrieved_chunks(x, indices, n_head):
 #     forward  heads first 0.36, chunks first 0.30 | pointers 0.32, TMA 0.30 | 1 or 2 warps 0.40, 8 warps 0.67
 #              3 stages 0.31 | at most 96 registers a thread (maxnreg) 0.29
 #     dQ       recomputing the softmax 0.42, and storing its statistics for dK/dV besides 0.51
+#              w (dp - delta) with a multiplication less: no gain here, 4% for small heads, but not exact
 #     dK/dV    reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
 #              scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
 #              dK and dV accumulated transposed 0.64 for 0.60 | fewer warps or rows: 1.3 and more
 #              K known to the compiler (a division less) 0.62 for 0.64, rows a chunk known too 0.73
 #     8 heads of 16, at most so many registers: forward 80: 0.141, 96: 0.148 | dK/dV 128: 0.266, no cap: 0.304
-#     no gain: unrolled loops, fetching the next index early, the next scores before this softmax (Triton
-#              waits for every product at once), dQ beside dK/dV on a stream of its own
+#     no gain: unrolled loops, fetching the next index early, dQ beside dK/dV on a stream of its own, the next
+#              scores before this softmax (Triton waits for each product, and the compiler moves it back)
 
 @jit
 def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
@@ -174,8 +175,7 @@ def backward_q_kernel(Q, K, V, W, Index, DO, DQ, DW, scale, n_slot, Cq, Sq, Sk, 
         dp = tl.dot(do, v.T, input_precision=DOT)
         p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
         delta = tl.sum(p * dp, 1) * inverse                              # rowsum(dO * o_c)
-        share = w * inverse
-        ds = p * (dp * share[:, None] - (delta * share)[:, None])        # a fused multiply-add, and a product
+        ds = p * ((dp - delta[:, None]) * (w * inverse)[:, None])        # exactly 0 if there is one key
         dq += tl.dot(ds.to(k.dtype), k, input_precision=DOT)
         tl.store(DW + ((slots + slot) * n_block + block) * Hq + h, tl.sum(delta, 0))
     store_tile(DQ, b, c, block * ROWS, h, dq * scale, ROWS, D)
@@ -301,7 +301,7 @@ def launch_options(q, k, softmax_one):
 
 def register_cap(kernel, options):
     """At most so many registers a thread, where more programs at a time outweigh what then spills."""
-    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_kv={16: 128, 32: 128})
+    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_q={32: 112}, backward_kv={16: 128, 32: 128})
     return caps[kernel].get(options["D"]) if options["num_stages"] == 2 and options["KEYS"] <= 64 else None
 
 
@@ -380,7 +380,7 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     query, upstream, dquery = descriptors(ROWS, q, do, dq)
     tiles = descriptors(KEYS, k, v)
     backward_q_kernel[(n_program,)](query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq,
-                                    Sk, Hq, **options)
+                                    Sk, Hq, **options, maxnreg=register_cap("backward_q", options))
     pairs, offsets = retrieved_by(indices, Ck)
     cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
     totals, parts = descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)

@@ -340,6 +340,10 @@ def lm_run(tmp_path_factory):
     return out
 
 
+def test_the_first_steps_of_a_language_model_have_short_contexts(lm_run):
+    assert [row["seq_len"] for row in log_of(lm_run)] == ["64"] * 16 + ["100"] * 24
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_a_stopped_run_resumes_as_if_it_had_not_been(how, lm_run, tmp_path):
     """Whenever the signal comes: after a checkpoint at the least, which is the only thing waited for."""

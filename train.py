@@ -4,7 +4,7 @@
     python train.py --seed 1 --n_layer 4 --n_group 2 --out out/deep
     torchrun --nproc_per_node 8 train.py --preset pg19         the paper's pre-training, on several GPUs
 
-A plain loop: draw a batch, step, log. For needles the context starts short and doubles whenever the answers
+A plain loop: draw a batch, step, log. The context starts short, and for needles doubles whenever the answers
 are right: retrieval is learned within minutes when there are few chunks to choose from, and then carries over
 to many. Everything random is a pure function of seed, step and rank, so a run that was stopped, at whatever
 moment, goes on with --resume exactly as if it had not been.
@@ -54,9 +54,9 @@ class TrainConfig:
     n_value: int = 6                # bytes in a needle's value
     straddle: bool = False          # True: needles lie anywhere; False: each inside one chunk
     data: str = "stdlib"            # the text: stdlib, or a folder that data.py made
-    start_len: int = 64             # niah: tokens in a context at first
+    start_len: int = 64             # tokens in a context at first (lm: for the first 40% of the steps)
     seq_len: int = 128              # tokens in a context (at last)
-    grow_at: float = 0.9            # answer accuracy at which the context doubles
+    grow_at: float = 0.9            # niah: answer accuracy at which the context doubles
     batch_size: int = 64            # contexts in a batch, of all GPUs together, and at most ..
     batch_tokens: int = 8192        # .. this many tokens
     micro_batch: int = 0            # contexts that a GPU takes at once, their gradients added up; 0: all
@@ -74,8 +74,8 @@ class TrainConfig:
 
 # Settings of known runs; README has their numbers. A flag overrides the preset, the preset the default.
 LM = dict(task="lm", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8, seq_len=16380,
-          batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
-          gca_residual=False)
+          start_len=16380, batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True,
+          validate_every=250, gca_residual=False)
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
@@ -83,9 +83,11 @@ PRESETS = {
                 gumbel=False),
     "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
     "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
-                       seq_len=8190, batch_size=8, steps=1800, warmup=100, validate_every=100, gumbel=False),
+                       gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=64,
+                       batch_tokens=64512, steps=3000, warmup=100, validate_every=100),
 }
 FIELDS = [f for f in fields(TrainConfig) + fields(DRTConfig) if f.name != "vocab_size"]  # the corpus has that
+SHORT = 0.4                # lm: share of the steps that have contexts of start_len tokens
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU
 VALIDATION_SEQUENCES = 16  # lm: always the same
 BAD_STEPS = 10             # in a row, without a finite loss and gradient: the run ends
@@ -127,12 +129,12 @@ def settings(args, device, saved):
 
 def lengths(config):
     """Every context length of the run, and how many contexts a batch of it has."""
-    length = config.seq_len if config.task == "lm" else min(config.start_len, config.seq_len)
+    length = min(config.start_len, config.seq_len)
     while True:
         yield length, max(1, min(config.batch_size, config.batch_tokens // length))
         if length == config.seq_len:
             return
-        length = min(2 * length, config.seq_len)
+        length = config.seq_len if config.task == "lm" else min(2 * length, config.seq_len)
 
 
 def check(config, task, corpus, ranks):
@@ -223,9 +225,9 @@ def draw_batch(text, task, stream, length, batch_size, device):
     return [torch.from_numpy(x).to(device, non_blocking=True) for x in arrays]
 
 
-def draw_windows(text, seed, first, batch_size, config, vocab_size, device):
+def draw_windows(text, seed, first, batch_size, length, config, vocab_size, device):
     """tokens and next tokens of the corpus on the device; sequences number first, first + 1, .."""
-    arrays = window_batch(text, seed, first, batch_size, config.seq_len)
+    arrays = window_batch(text, seed, first, batch_size, length)
     if (largest := max(x.max() for x in arrays)) >= vocab_size:
         raise ValueError(f"{config.data} must hold tokens below its vocabulary's {vocab_size}, got {largest}")
     return [torch.from_numpy(x).to(device, non_blocking=True) for x in arrays]
@@ -347,9 +349,9 @@ class Run:
         if config.compile and device.type == "cuda":
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
             for layer in self.model.layers:
-                layer.compile()
+                layer.compile(dynamic=False)
             if model_config.n_group:
-                self.model.encoder.compile()
+                self.model.encoder.compile(dynamic=False)
         self.objective = Objective(self.model, config)
         if ranks.size > 1:
             unused = model_config.retriever == "random"
@@ -367,13 +369,15 @@ class Run:
         first = self.ranks.rank * share
         if config.task == "lm":
             return draw_windows(self.corpus.train, config.seed, self.step * self.batch_size + first, share,
-                                config, self.corpus.vocab_size, self.device)
+                                self.length, config, self.corpus.vocab_size, self.device)
         stream = TRAINING, config.seed, self.step
         batch = draw_batch(self.corpus.train, self.task, stream, self.length, self.batch_size, self.device)
         return [x[first:first + share] for x in batch]
 
     def advance(self):
         """One step."""
+        if self.config.task == "lm" and self.step >= SHORT * self.config.steps:
+            self.length = self.config.seq_len
         lr = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -402,9 +406,10 @@ class Run:
         """Validation, into the last row; the context grows when the answers are right."""
         config, row = self.config, self.rows[-1]
         if config.task == "lm":
-            batch = draw_windows(self.corpus.val, 0, 0, VALIDATION_SEQUENCES, config, self.corpus.vocab_size,
-                                 self.device)
-            size = config.micro_batch or self.batch_size // self.ranks.size
+            batch = draw_windows(self.corpus.val, 0, 0, VALIDATION_SEQUENCES, config.seq_len, config,
+                                 self.corpus.vocab_size, self.device)
+            *_, (_, size) = lengths(config)                     # as many as a batch of this length has
+            size = config.micro_batch or size // self.ranks.size
             row["val_loss"] = validation_loss(objective_of(self.objective), batch, size).item()
             return
         stream = VALIDATION, config.seed, self.step
