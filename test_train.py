@@ -1,5 +1,6 @@
 """Data, training and evaluation, by their functions and command lines: what each promises and refuses."""
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -342,6 +343,11 @@ def lm_run(tmp_path_factory):
 
 def test_the_first_steps_of_a_language_model_have_short_contexts(lm_run):
     assert [row["seq_len"] for row in log_of(lm_run)] == ["64"] * 16 + ["100"] * 24
+    for preset, wanted in dict(books=[(1008, 64), (8064, 8)], pg19=[(16380, 32)]).items():
+        known = train_module.PRESETS[preset]
+        config = train_module.TrainConfig(**{f.name: known.get(f.name, f.default)
+                                             for f in dataclasses.fields(train_module.TrainConfig)})
+        assert list(train_module.lengths(config)) == wanted
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])

@@ -54,7 +54,7 @@ class TrainConfig:
     n_value: int = 6                # bytes in a needle's value
     straddle: bool = False          # True: needles lie anywhere; False: each inside one chunk
     data: str = "stdlib"            # the text: stdlib, or a folder that data.py made
-    start_len: int = 64             # tokens in a context at first (lm: for the first 40% of the steps)
+    start_len: int = 64             # tokens in a context at first (lm: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
     grow_at: float = 0.9            # niah: answer accuracy at which the context doubles
     batch_size: int = 64            # contexts in a batch, of all GPUs together, and at most ..
@@ -74,7 +74,7 @@ class TrainConfig:
 
 # Settings of known runs; README has their numbers. A flag overrides the preset, the preset the default.
 LM = dict(task="lm", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8, seq_len=16380,
-          start_len=16380, batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True,
+          start_len=0, batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True,
           validate_every=250, gca_residual=False)
 PRESETS = {
     "cpu": dict(n_encoder=1),
@@ -129,7 +129,7 @@ def settings(args, device, saved):
 
 def lengths(config):
     """Every context length of the run, and how many contexts a batch of it has."""
-    length = min(config.start_len, config.seq_len)
+    length = min(config.start_len or config.seq_len, config.seq_len)
     while True:
         yield length, max(1, min(config.batch_size, config.batch_tokens // length))
         if length == config.seq_len:
@@ -140,10 +140,10 @@ def lengths(config):
 def check(config, task, corpus, ranks):
     """ValueError for training settings that cannot work."""
     for name in ("batch_size", "batch_tokens", "steps", "lr", "warmup", "validate_every", "checkpoint_every",
-                 "start_len", "seq_len"):
+                 "seq_len"):
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(config, name)}")
-    for name in ("seed", "micro_batch", "final_lr", "weight_decay"):
+    for name in ("seed", "start_len", "micro_batch", "final_lr", "weight_decay"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(config, name)}")
     for length, batch_size in lengths(config):
