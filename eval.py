@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import EVALUATION, NeedleTask, Parser, load_corpus, load_tokenizer, needle_batch
-from model import DRT, DRTConfig, Memory, load_checkpoint
+from model import DRT, RETRIEVERS, DRTConfig, Memory, load_checkpoint
 
 
 def pick_device(name):
@@ -374,6 +374,8 @@ def make_parser():
                      help=f"at each, {SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
     ppl.add_argument("--data", default=None, help="a corpus of the same tokenizer; default: training's")
     ppl.add_argument("--split", choices=["val", "test"], default=None, help="default: test, if there is one")
+    ppl.add_argument("--retriever", choices=RETRIEVERS, default=None,
+                     help="read other chunks than in training; default: the checkpoint's")
     speed = commands.add_parser("speed", description="Time and memory of reading and of generating, by "
                                 "context length, on random tokens; without --ckpt with random weights.")
     speed.add_argument("--lengths", type=lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
@@ -463,7 +465,8 @@ def run_ppl(args, device):
             raise ValueError(f"--data must have {path}'s tokenizer {saved['tokenizer']} and vocabulary "
                              f"{model.config.vocab_size}, got {corpus.tokenizer} and {corpus.vocab_size}")
         name = path.absolute().parent.name
-        models[name], settings[name] = model, saved["settings"]
+        model.config.retriever = args.retriever or model.config.retriever
+        models[name], settings[name] = model, saved["settings"] | dict(retriever=model.config.retriever)
     if args.split == "test" and corpus.test is None:
         raise ValueError("--split must be val: the corpus has no test split")
     return settings, perplexity(models, corpus, args.lengths, args.places, args.seed, device, args.split)

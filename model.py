@@ -27,6 +27,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from gca import gca
 from inference import Memory, as_batches, check_generation, generate, save_atomically  # noqa: F401 (Memory)
 
+RETRIEVERS = "learned", "random", "last"
+
 
 @dataclass
 class DRTConfig:
@@ -43,7 +45,7 @@ class DRTConfig:
     softmax_one: bool = True    # softmax-off-by-one in GCA: a token may take nothing from a chunk
     gca_residual: bool = True   # True: GCA's output stays in the residual stream; False: only the MLP sees it
     gumbel: bool = True         # Gumbel noise on the ranking in training: exploration
-    retriever: str = "learned"  # "random": K random earlier chunks, weighted equally (the ablation)
+    retriever: str = "learned"  # or, ablations: "random" or "last": K earlier chunks, weighted equally
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -58,8 +60,8 @@ class DRTConfig:
         if self.n_group and (self.n_layer % 2 or self.n_layer // 2 % self.n_group):
             raise ValueError(f"n_layer must be even and its upper half a multiple of n_group, "
                              f"got n_layer {self.n_layer} and n_group {self.n_group}")
-        if self.retriever not in ("learned", "random"):
-            raise ValueError(f"retriever must be 'learned' or 'random', got {self.retriever!r}")
+        if self.retriever not in RETRIEVERS:
+            raise ValueError(f"retriever must be one of {', '.join(RETRIEVERS)}, got {self.retriever!r}")
 
 
 # ---------------------------------------------------------------- sliding-window self-attention with ALiBi
@@ -359,13 +361,14 @@ MAX_SCORES = 2 ** 26                # retrieval scores held at once: both bound 
 BUNDLE = 64                         # scores of which the best stands for all, at first
 
 
-def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
+def retrieve(query, landmarks, first, top_k, gumbel=False, retriever="learned"):
     """Causal retrieval (Sec. 3): for each chunk t the K strictly earlier chunks that score highest.
 
     query (B, n, d): chunks first .. first+n-1 at their landmarks; landmarks: every chunk's l_c in order, as a
     list of (B, M, d). Scores r_t,c = q_t . l_c / sqrt(d). Gumbel noise takes part in the ranking alone: the
-    weights are the softmax of the noiseless scores. Returns weights and indices (B, n, K), index -1 where a
-    slot is empty. Scores are computed a block at a time; the best K so far compete with each block's best K.
+    weights are the softmax of the noiseless scores. retriever: as in DRTConfig. Returns weights and indices
+    (B, n, K), index -1 where a slot is empty. Scores are computed a block at a time; the best K so far
+    compete with each block's best K.
     """
     (B, n, d), start = query.shape, 0
     t = torch.arange(first, first + n, device=query.device)[:, None]
@@ -373,13 +376,13 @@ def retrieve(query, landmarks, first, top_k, gumbel=False, random=False):
     best = [torch.empty(B, n, 0, device=query.device)] * 2 + [t.new_empty(B, n, 0)]
     for block in (block for page in landmarks for block in page.split(size, dim=1)):
         scores = inner_products(query, block)                                          # (B, n, M)
-        if random:
+        chunk = torch.arange(start, start + block.shape[1], device=query.device)
+        if retriever != "learned":
             scores = torch.zeros_like(scores)
-        ranking = scores.detach()
+        ranking = scores.detach() if retriever != "last" else scores + chunk
         if start + block.shape[1] > first:                                     # not all are earlier chunks
-            chunk = torch.arange(start, start + block.shape[1], device=query.device)
             ranking = ranking.masked_fill(chunk >= t, float("-inf"))
-        if gumbel or random:
+        if retriever == "random" or gumbel and retriever == "learned":
             ranking = ranking * d ** -0.5 - torch.empty_like(ranking).exponential_().log()
         chosen = top(ranking, top_k)
         candidates = ranking.gather(-1, chosen), scores.gather(-1, chosen), chosen + start
@@ -598,7 +601,7 @@ class DRT(nn.Module):
             landmarks = memory.landmarks() if memory else chunks[:1]
             with torch.autocast(x.device.type, enabled=False):                 # ranking needs full precision
                 new = retrieve(self.query_norms[g](grid.landmarks(x)), landmarks, grid.first, config.top_k,
-                               explore, config.retriever == "random")
+                               explore, config.retriever)
             served = [torch.cat(pair, dim=1) for pair in zip(served, new, strict=True)]
             if memory:
                 memory.serving[g] = tuple(y[:, -1:].contiguous() for y in served)

@@ -143,6 +143,21 @@ def test_gumbel_noise_chooses_by_the_softmax_of_the_scores():
     torch.testing.assert_close(indices.flatten().bincount(minlength=4) / 20000, wanted, atol=0.02, rtol=0)
 
 
+def test_other_retrievers_choose_without_scores(monkeypatch):
+    """The last K chunks, or K random ones, whatever the landmarks say; all weigh the same."""
+    monkeypatch.setattr(model_module, "MAX_SCORES", 200)                           # several blocks
+    query, landmarks = torch.randn(1, 300, 8), torch.randn(1, 300, 8)
+    for retriever in ("last", "random"):
+        weights, indices = retrieve(query, [landmarks], 0, 3, gumbel=True, retriever=retriever)
+        assert indices[0, :2].tolist() == [[-1, -1, -1], [0, -1, -1]]
+        assert (weights[0, 3:] == 1 / 3).all() and (indices < torch.arange(300)[:, None]).all()
+        age = torch.arange(300)[100:, None] - indices[0, 100:]
+        if retriever == "last":
+            assert (age == torch.tensor([1, 2, 3])).all()
+        else:
+            assert 80 < age.double().mean() < 120                                  # of 1 .. 100 to 300
+
+
 @pytest.mark.parametrize("n", [1, 7, 191, 192, 193, 1000])
 def test_top_finds_the_largest(n, monkeypatch):
     monkeypatch.setattr(model_module, "BUNDLE", 3)
@@ -194,7 +209,7 @@ def test_what_a_landmark_retrieves_serves_the_next_chunk(n_group, monkeypatch):
     assert same == (n_group == 1)                                                  # a group retrieves once
 
 
-@pytest.mark.parametrize("retriever", ["learned", "random"])
+@pytest.mark.parametrize("retriever", ["learned", "random", "last"])
 def test_the_answer_loss_trains_the_retriever(retriever):
     model = tiny(retriever=retriever).train()
     tokens, labels, at = (torch.from_numpy(x).to(DEVICE) for x in needle_batch(

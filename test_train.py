@@ -458,6 +458,9 @@ def test_eval_ppl(lm_run, run, tmp_path):
     for row in rows:                                                    # bytes: one token each
         assert row["scored"] == 1024 and row["perplexity"] == pytest.approx(math.exp(row["loss"]))
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2))
+    command(*line, "--lengths", 400, "--places", 4, "--retriever", "last", "--json", tmp_path / "last.json")
+    last = json.loads((tmp_path / "last.json").read_text())
+    assert last["rows"][0]["loss"] != rows[1]["loss"] and last["settings"][run.name]["retriever"] == "last"
     assert "must be of a run with --task niah" in command("eval.py", "niah", "--ckpt", lm_run / "ckpt.pt",
                                                           status=2).stderr
 

@@ -354,7 +354,7 @@ class Run:
                 self.model.encoder.compile(dynamic=False)
         self.objective = Objective(self.model, config)
         if ranks.size > 1:
-            unused = model_config.retriever == "random"
+            unused = model_config.retriever != "learned"
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=unused)
         self.flops = flops_per_token(self.model, config)
         self.metrics, self.rows, self.bad, self.since = [], [], 0, time.perf_counter()
