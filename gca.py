@@ -91,10 +91,12 @@ def retrieved_chunks(x, indices, n_head):
 #     dK/dV    reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
 #              scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
 #              dK and dV accumulated transposed 0.64 for 0.60 | fewer warps or rows: 1.3 and more
-#              K known to the compiler (a division less) 0.62 for 0.64, rows a chunk known too 0.73
-#     8 heads of 16, at most so many registers: forward 80: 0.141, 96: 0.148 | dK/dV 128: 0.266, no cap: 0.304
-#     no gain: unrolled loops, fetching the next index early, dQ beside dK/dV on a stream of its own, the next
-#              scores before this softmax (Triton waits for each product, and the compiler moves it back)
+#              P and dS both handed over before their products run: they wait once, 0.59 for 0.64
+#              K and the blocks of rows a chunk known to the compiler, for divisions: 3% and 1.5%
+#     8 heads of 16, at most so many registers: forward 80: 0.141, 96: 0.148
+#     no gain: unrolled loops, fetching the next index early, dQ beside dK/dV on a stream of its own, w kept
+#              out of the shared memory that Triton fetches it through, the next scores before this softmax
+#              (Triton waits for each product, and the compiler moves it back)
 
 @jit
 def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
@@ -211,9 +213,9 @@ def retrieved_by_kernel(Index, Pairs, Offsets, n_pair, Ck, BLOCK: tl.constexpr):
 
 @jit
 def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets, scale, n_cut, B, Cq, Ck,
-                       Sq, Sk, Hkv, SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                       ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr,
-                       SEGMENT: tl.constexpr):
+                       Sk, Hkv, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+                       D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
+                       DOT: tl.constexpr, SEGMENT: tl.constexpr):
     pid, n_pair = tl.program_id(0), Cq * SLOTS
     is_cut = pid < n_cut * Hkv * B
     n_item = tl.where(is_cut, n_cut, Ck)
@@ -239,11 +241,11 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets
         v = load_tile(V, b, chunk, 0, h, KEYS, D)
         dk = tl.zeros((KEYS, D), tl.float32)
         dv = tl.zeros((KEYS, D), tl.float32)
-        n_tile = tl.cdiv(Sq, ROWS) * GROUP                               # of the rows and heads of a pair
-        for step in range(start * n_tile, stop * n_tile):
-            pair = tl.load(Pairs + pairs + step // n_tile)
+        TILES: tl.constexpr = BLOCKS * GROUP                             # of a pair: blocks of rows, heads
+        for step in range(start * TILES, stop * TILES):
+            pair = tl.load(Pairs + pairs + step // TILES)
             w = tl.load(W + pairs + pair)
-            c, row, head = pair // SLOTS, step % n_tile // GROUP * ROWS, h * GROUP + step % GROUP
+            c, row, head = pair // SLOTS, step % TILES // GROUP * ROWS, h * GROUP + step % GROUP
             q = load_tile(Q, b, c, row, head, ROWS, D)
             do = load_tile(DO, b, c, row, head, ROWS, D)
             scores = tl.dot(q, k.T, input_precision=DOT)                 # (ROWS, KEYS)
@@ -251,9 +253,10 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets
             p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
             delta = tl.sum(p * dp, 1) * inverse
             p *= (w * inverse)[:, None]
-            dv += tl.dot(p.to(do.dtype).T, do, input_precision=DOT)
             ds = p * (dp - delta[:, None])
-            dk += tl.dot(ds.to(q.dtype).T, q, input_precision=DOT)
+            p, ds = p.to(do.dtype).T, ds.to(q.dtype).T                   # both before either product
+            dv += tl.dot(p, do, input_precision=DOT)
+            dk += tl.dot(ds, q, input_precision=DOT)
         if is_cut:
             store_tile(CutK, b, item, 0, h, dk * scale, KEYS, D)
             store_tile(CutV, b, item, 0, h, dv, KEYS, D)
@@ -301,7 +304,7 @@ def launch_options(q, k, softmax_one):
 
 def register_cap(kernel, options):
     """At most so many registers a thread, where more programs at a time outweigh what then spills."""
-    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_q={32: 112}, backward_kv={16: 128, 32: 128})
+    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_q={32: 112})
     return caps[kernel].get(options["D"]) if options["num_stages"] == 2 and options["KEYS"] <= 64 else None
 
 
@@ -375,18 +378,19 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     do, q, k, v = aligned(do, q, k, v)
     w, indices = weights.float().contiguous(), indices.contiguous()
     (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, weights.shape[2]
-    n_program, n_cut = B * Cq * Hq * -(-Sq // ROWS), (Cq * n_slot - 1) // SEGMENT
-    dw = torch.empty(B, Cq, n_slot, n_program // (B * Cq), dtype=torch.float32, device=q.device)
+    n_block, n_cut = -(-Sq // ROWS), (Cq * n_slot - 1) // SEGMENT
+    dw = torch.empty(B, Cq, n_slot, n_block * Hq, dtype=torch.float32, device=q.device)
     query, upstream, dquery = descriptors(ROWS, q, do, dq)
     tiles = descriptors(KEYS, k, v)
-    backward_q_kernel[(n_program,)](query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq,
-                                    Sk, Hq, **options, maxnreg=register_cap("backward_q", options))
+    backward_q_kernel[(B * Cq * n_block * Hq,)](
+        query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq, Sk, Hq, **options,
+        maxnreg=register_cap("backward_q", options))
     pairs, offsets = retrieved_by(indices, Ck)
     cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
     totals, parts = descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
     backward_kv_kernel[(B * (n_cut + Ck) * Hkv,)](
-        query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_cut, B, Cq, Ck, Sq, Sk,
-        Hkv, SLOTS=n_slot, SEGMENT=SEGMENT, **options, maxnreg=register_cap("backward_kv", options))
+        query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_cut, B, Cq, Ck, Sk,
+        Hkv, SLOTS=n_slot, BLOCKS=n_block, SEGMENT=SEGMENT, **options)
     if n_cut:
         add_cuts_kernel[(B * Ck * Hkv,)](*totals, *parts, offsets, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
     return dq, dk, dv, dw.sum(-1).to(weights.dtype)
