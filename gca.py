@@ -72,9 +72,9 @@ def retrieved_chunks(x, indices, n_head):
 # ---------------------------------------------------------------- FlashGCA: what the kernels share
 #
 # A chunk has at most 128 keys, so it is one tile, and its softmax is local to the tile: no running maximum,
-# no rescaling. One accumulator serves all K chunks, because w_c / l_c can be folded into P_c before the
-# product with V_c. And as a tile sees all keys of its rows, the backward kernels recompute softmax and delta
-# on the spot: the forward pass stores nothing but its output.
+# no rescaling. One accumulator serves all K chunks, because w_c / l_c can be applied to P_c, or to P_c V_c
+# before it is added. And as a tile sees all keys of its rows, the backward kernels recompute softmax and
+# delta on the spot: the forward pass stores nothing but its output.
 #
 # Tiles move through tensor descriptors (TMA, the copy engine of Hopper GPUs; pointers on older ones), for
 # which a tensor is (B, C, S, H * D). Whatever lies outside it is read as zeros and never written. So short
@@ -85,7 +85,7 @@ def retrieved_chunks(x, indices, n_head):
 #
 # What was tried: milliseconds of single kernels of prototypes, paper's shape in bf16, on an H100 or H200.
 #     forward  heads first 0.36, chunks first 0.30 | pointers 0.32, TMA 0.30 | 1 or 2 warps 0.40, 8 warps 0.67
-#              3 stages 0.31 | at most 96 registers a thread (maxnreg) 0.29
+#              3 stages 0.31 | w / l applied to P V instead of P: 3%, 8% for small heads
 #     dQ       recomputing the softmax 0.42, and storing its statistics for dK/dV besides 0.51
 #              w (dp - delta) with a multiplication less: no gain here, 4% for small heads, but not exact
 #     dK/dV    reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
@@ -93,7 +93,8 @@ def retrieved_chunks(x, indices, n_head):
 #              dK and dV accumulated transposed 0.64 for 0.60 | fewer warps or rows: 1.3 and more
 #              P and dS both handed over before their products run: they wait once, 0.59 for 0.64
 #              K and the blocks of rows a chunk known to the compiler, for divisions: 3% and 1.5%
-#     8 heads of 16, at most so many registers: forward 80: 0.141, 96: 0.148
+#     one fused pass with atomic sums for dQ: 1.13 for 1.03 (heads of 64), 0.34 for 0.46 (heads of 16), but
+#              its bits differ from run to run | warp_specialize: 2 to 3 times slower
 #     no gain: unrolled loops, fetching the next index early, dQ beside dK/dV on a stream of its own, w kept
 #              out of the shared memory that Triton fetches it through, the next scores before this softmax
 #              (Triton waits for each product, and the compiler moves it back)
@@ -148,8 +149,10 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, n_part, B, Cq, Sq, Sk,
         v = load_tile(V, b, index, 0, h // GROUP, KEYS, D)
         scores = tl.dot(q, k.T, input_precision=DOT)                     # (ROWS, KEYS)
         p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
-        p *= (w * inverse)[:, None]
-        out += tl.dot(p.to(v.dtype), v, input_precision=DOT)
+        if D <= KEYS:                                                    # scale the smaller of the two tiles
+            out += tl.dot(p.to(v.dtype), v, input_precision=DOT) * (w * inverse)[:, None]
+        else:
+            out += tl.dot((p * (w * inverse)[:, None]).to(v.dtype), v, input_precision=DOT)
     store_tile(Out, part * B + b, c, row, h, out, ROWS, D)
 
 
@@ -212,6 +215,16 @@ def retrieved_by_kernel(Index, Pairs, Offsets, n_pair, Ck, BLOCK: tl.constexpr):
 # first: they are the long ones.
 
 @jit
+def list_with(pair, Index, Pairs, Offsets, Ck):
+    """The list with this place of Pairs in it: its chunk, first place and stop (stop = first if none is)."""
+    exists = pair < tl.load(Offsets + Ck)
+    slot = tl.load(Pairs + pair, mask=exists, other=0)
+    chunk = tl.load(Index + slot, mask=exists, other=0).to(tl.int32)
+    first = tl.load(Offsets + chunk)
+    return chunk, first, tl.where(exists, tl.load(Offsets + chunk + 1), first)
+
+
+@jit
 def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets, scale, n_cut, B, Cq, Ck,
                        Sk, Hkv, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
                        D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
@@ -225,11 +238,8 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets
     Offsets += b * (Ck + 1)
     if is_cut:
         start = (item + 1) * SEGMENT
-        in_use = start < tl.load(Offsets + Ck)
-        pair = tl.load(Pairs + pairs + start, mask=in_use, other=0)
-        chunk = tl.load(Index + pairs + pair, mask=in_use, other=0).to(tl.int32)
-        first, stop = tl.load(Offsets + chunk), tl.load(Offsets + chunk + 1)
-        in_use &= (first < start) & (stop - first > SEGMENT)
+        chunk, first, stop = list_with(start, Index + pairs, Pairs + pairs, Offsets, Ck)
+        in_use = (first < start) & (stop - first > SEGMENT)
     else:
         chunk, in_use = item, pid >= 0
         start, stop = tl.load(Offsets + chunk), tl.load(Offsets + chunk + 1)
@@ -266,18 +276,19 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets
 
 
 @jit
-def add_cuts_kernel(DK, DV, CutK, CutV, Offsets, Ck, Hkv, D: tl.constexpr, KEYS: tl.constexpr,
-                    SEGMENT: tl.constexpr):
-    """dK and dV of one chunk and head += the tiles of the cuts inside its list, if there are any."""
+def add_cuts_kernel(Index, Pairs, Offsets, DK, DV, CutK, CutV, n_pair, n_cut, Ck, Hkv, D: tl.constexpr,
+                    KEYS: tl.constexpr, SEGMENT: tl.constexpr):
+    """dK and dV of a chunk += the tiles of all cuts inside its list: a program a cut, the first one works."""
     pid = tl.program_id(0)
-    chunk, h, b = pid % Ck, pid // Ck % Hkv, pid // (Ck * Hkv)
-    start, stop = tl.load(Offsets + b * (Ck + 1) + chunk), tl.load(Offsets + b * (Ck + 1) + chunk + 1)
-    if stop - start > SEGMENT:
+    cut, h, b = pid % n_cut, pid // n_cut % Hkv, pid // (n_cut * Hkv)
+    chunk, first, stop = list_with((cut + 1) * SEGMENT, Index + b * n_pair, Pairs + b * n_pair,
+                                   Offsets + b * (Ck + 1), Ck)
+    if (first // SEGMENT == cut) & (stop - first > SEGMENT):
         dk = load_tile(DK, b, chunk, 0, h, KEYS, D).to(tl.float32)
         dv = load_tile(DV, b, chunk, 0, h, KEYS, D).to(tl.float32)
-        for cut in range(start // SEGMENT, (stop - 1) // SEGMENT):
-            dk += load_tile(CutK, b, cut, 0, h, KEYS, D)
-            dv += load_tile(CutV, b, cut, 0, h, KEYS, D)
+        for other in range(cut, (stop - 1) // SEGMENT):
+            dk += load_tile(CutK, b, other, 0, h, KEYS, D)
+            dv += load_tile(CutV, b, other, 0, h, KEYS, D)
         store_tile(DK, b, chunk, 0, h, dk, KEYS, D)
         store_tile(DV, b, chunk, 0, h, dv, KEYS, D)
 
@@ -300,12 +311,6 @@ def launch_options(q, k, softmax_one):
     dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"      # three products: like float32
     return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot,
                 num_warps=8 if exact or size > 16384 else 4, num_stages=1 if exact or size > 16384 else 2)
-
-
-def register_cap(kernel, options):
-    """At most so many registers a thread, where more programs at a time outweigh what then spills."""
-    caps = dict(forward={16: 80, 32: 80, 64: 96}, backward_q={32: 112})
-    return caps[kernel].get(options["D"]) if options["num_stages"] == 2 and options["KEYS"] <= 64 else None
 
 
 def aligned(*tensors):
@@ -350,7 +355,7 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: to
     forward_kernel[(n_part * n_program,)](
         *descriptors(options["ROWS"], q), *descriptors(options["KEYS"], k, v), weights.float().contiguous(),
         indices.contiguous(), *descriptors(options["ROWS"], out), scale, n_slot, n_part, B, Cq, Sq, Sk, Hq,
-        **options, maxnreg=register_cap("forward", options))
+        **options)
     return out if n_part == 1 else out.view(n_part, *q.shape).sum(0).to(q.dtype)
 
 
@@ -384,7 +389,7 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     tiles = descriptors(KEYS, k, v)
     backward_q_kernel[(B * Cq * n_block * Hq,)](
         query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq, Sk, Hq, **options,
-        maxnreg=register_cap("backward_q", options))
+        maxnreg=112 if D == 32 and options["num_stages"] == 2 else None)         # 0.23 ms for 0.26
     pairs, offsets = retrieved_by(indices, Ck)
     cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
     totals, parts = descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
@@ -392,7 +397,9 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
         query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_cut, B, Cq, Ck, Sk,
         Hkv, SLOTS=n_slot, BLOCKS=n_block, SEGMENT=SEGMENT, **options)
     if n_cut:
-        add_cuts_kernel[(B * Ck * Hkv,)](*totals, *parts, offsets, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
+        add_cuts_kernel[(B * n_cut * Hkv,)](
+            indices, pairs, offsets, *totals, *parts, Cq * n_slot, n_cut, Ck, Hkv, D=D, KEYS=KEYS,
+            SEGMENT=SEGMENT)
     return dq, dk, dv, dw.sum(-1).to(weights.dtype)
 
 
