@@ -122,11 +122,13 @@ def test_kernel_with_the_largest_tiles(dtype, D, Sk):
 
 
 @needs_triton
-@pytest.mark.parametrize("indices", ["all empty", "one chunk for all", "repeated"])
+@pytest.mark.parametrize("indices", ["all empty", "one chunk a sequence", "repeated"])
 def test_kernel_on_extreme_retrieval(indices, monkeypatch):
     monkeypatch.setattr(gca_module, "SEGMENT", 4)       # lists of popular chunks are split over programs
-    q, k, v, weights, chosen = inputs(B=1, Cq=7, K=5, Hq=4)
-    patterns = {"all empty": chosen * 0 - 1, "one chunk for all": chosen * 0 + 2, "repeated": chosen % 2}
+    q, k, v, weights, chosen = inputs(B=2, Cq=7, K=5, Hq=4)
+    popular = torch.tensor([2, 1], device=DEVICE)[:, None, None]
+    patterns = {"all empty": chosen * 0 - 1, "repeated": chosen % 2,
+                "one chunk a sequence": chosen * 0 + popular}
     chosen = patterns[indices]
     assert_matches((q, k, v, weights, chosen))
 
