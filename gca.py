@@ -7,7 +7,8 @@ them, then a sum of the K results, weighted by the retrieval weights. For a quer
     out = sum_c w_c * o_c                                               stage 2
 
     gca_reference   these two lines in PyTorch: the specification
-    FlashGCA        Triton kernels, forward and backward (Appendix B), which read K and V through the indices
+    FlashGCA        Triton kernels, forward and backward (Appendix B), which read K and V through the indices;
+                    hopper.py has them once more, tuned for Hopper GPUs
     gca             the function to call: checks its arguments and picks one of the two
 
 Run `python gca.py` to check the kernels against the reference and to time them (bench.py).
@@ -36,6 +37,12 @@ except ImportError:                 # no triton (macOS, Windows): everything run
 jit = triton.jit if triton else lambda kernel: kernel
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"            # Triton runs kernels on the CPU, for tests
+hopper = None
+if triton and torch.cuda.is_available() and not INTERPRET:
+    try:
+        import hopper
+    except (ImportError, AttributeError):       # a Triton whose Gluon has other names; it is experimental
+        pass
 CHECK_INDICES = os.environ.get("GCA_CHECK_INDICES") == "1"       # check them on the GPU too (costs a sync)
 HEAD_WIDTHS, MAX_KEYS, MAX_TILE = (16, 32, 64, 128, 256), 128, 65536   # what the kernels take
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,7 +104,7 @@ def retrieved_chunks(x, indices, n_head):
 #              its bits differ from run to run | warp_specialize: 2 to 3 times slower
 #     no gain: unrolled loops, fetching the next index early, dQ beside dK/dV on a stream of its own, w kept
 #              out of the shared memory that Triton fetches it through, the next scores before this softmax
-#              (Triton waits for each product, and the compiler moves it back)
+#     what Triton does not offer, a say in when to wait, is worth a tenth to a quarter: hopper.py
 
 @jit
 def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
@@ -296,6 +303,7 @@ def add_cuts_kernel(Index, Pairs, Offsets, DK, DV, CutK, CutV, n_pair, n_cut, Ck
 # ---------------------------------------------------------------- FlashGCA: the host's side
 
 SEGMENT = 64        # pairs between two cuts: the fewer, the more memory for the tiles of all possible cuts
+LARGE = 2 ** 25     # queries (numbers) from which backward works in two halves of the heads: half that memory
 
 
 def tile_bytes(k):
@@ -304,13 +312,14 @@ def tile_bytes(k):
 
 
 def launch_options(q, k, softmax_one):
-    """Tile sizes and warps: a whole chunk of keys; 64 query rows, or fewer where registers are short."""
+    """Tiles: all keys of a chunk, 64 query rows or, where registers are short, fewer. How to compile that."""
     D, exact, size = q.shape[-1], q.dtype == torch.float32, tile_bytes(k)
     most = 16 if size == MAX_TILE else 32 if exact else 64
     keys, rows = (max(16, triton.next_power_of_2(n)) for n in (k.shape[2], min(q.shape[2], most)))
     dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"      # three products: like float32
-    return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot,
-                num_warps=8 if exact or size > 16384 else 4, num_stages=1 if exact or size > 16384 else 2)
+    large = exact or size > 16384
+    return (dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one),
+            dict(DOT=dot, num_warps=8 if large else 4, num_stages=1 if large else 2))
 
 
 def aligned(*tensors):
@@ -345,17 +354,20 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: to
                   indices: torch.Tensor, softmax_one: bool, scale: float) -> torch.Tensor:
     if not (q.numel() and k.numel()):
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    options = launch_options(q, k, softmax_one)
+    tiles, how = launch_options(q, k, softmax_one)
     (B, Cq, Sq, Hq, _), Sk, n_slot = q.shape, k.shape[2], weights.shape[2]
-    n_program = B * Cq * Hq * -(-Sq // options["ROWS"])
+    n_program = B * Cq * Hq * -(-Sq // tiles["ROWS"])
     n_part = n_parts(n_program, n_slot, q.device)
     dtype = q.dtype if n_part == 1 else torch.float32
     out = torch.empty(n_part * B, *q.shape[1:], dtype=dtype, device=q.device)
     q, k, v = aligned(q, k, v)
-    forward_kernel[(n_part * n_program,)](
-        *descriptors(options["ROWS"], q), *descriptors(options["KEYS"], k, v), weights.float().contiguous(),
-        indices.contiguous(), *descriptors(options["ROWS"], out), scale, n_slot, n_part, B, Cq, Sq, Sk, Hq,
-        **options)
+    w, indices = weights.float().contiguous(), indices.contiguous()
+    query, output = descriptors(tiles["ROWS"], q, out)
+    arguments = query, *descriptors(tiles["KEYS"], k, v), w, indices, output, scale
+    if hopper and hopper.fits(q, **tiles) and n_part == 1:
+        hopper.forward(*arguments, **tiles)
+    else:
+        forward_kernel[(n_part * n_program,)](*arguments, n_slot, n_part, B, Cq, Sq, Sk, Hq, **tiles, **how)
     return out if n_part == 1 else out.view(n_part, *q.shape).sum(0).to(q.dtype)
 
 
@@ -377,30 +389,39 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if not (q.numel() and k.numel()):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
-    options = launch_options(q, k, softmax_one)
-    ROWS, KEYS = options["ROWS"], options["KEYS"]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     do, q, k, v = aligned(do, q, k, v)
     w, indices = weights.float().contiguous(), indices.contiguous()
-    (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, weights.shape[2]
+    lists = retrieved_by(indices, k.shape[1])
+    n_part = 2 if q.numel() >= LARGE and k.shape[3] % 2 == 0 else 1
+    dw = [backward_of_heads(*heads, w, indices, lists, softmax_one, scale)
+          for heads in zip(*(x.chunk(n_part, dim=3) for x in (do, q, k, v, dq, dk, dv)), strict=True)]
+    return dq, dk, dv, sum(dw).to(weights.dtype)
+
+
+def backward_of_heads(do, q, k, v, dq, dk, dv, w, indices, lists, softmax_one, scale):
+    """Fill dq, dk and dv, which may be some of the heads; returns dweights (B, Cq, K)."""
+    tiles, how = launch_options(q, k, softmax_one)
+    ROWS, KEYS = tiles["ROWS"], tiles["KEYS"]
+    (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, w.shape[2]
     n_block, n_cut = -(-Sq // ROWS), (Cq * n_slot - 1) // SEGMENT
-    dw = torch.empty(B, Cq, n_slot, n_block * Hq, dtype=torch.float32, device=q.device)
-    query, upstream, dquery = descriptors(ROWS, q, do, dq)
-    tiles = descriptors(KEYS, k, v)
-    backward_q_kernel[(B * Cq * n_block * Hq,)](
-        query, *tiles, w, indices, upstream, dquery, dw, scale, n_slot, Cq, Sq, Sk, Hq, **options,
-        maxnreg=112 if D == 32 and options["num_stages"] == 2 else None)         # 0.23 ms for 0.26
-    pairs, offsets = retrieved_by(indices, Ck)
     cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
-    totals, parts = descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
-    backward_kv_kernel[(B * (n_cut + Ck) * Hkv,)](
-        query, *tiles, w, indices, upstream, *totals, *parts, pairs, offsets, scale, n_cut, B, Cq, Ck, Sk,
-        Hkv, SLOTS=n_slot, BLOCKS=n_block, SEGMENT=SEGMENT, **options)
+    inputs = (*descriptors(ROWS, q), *descriptors(KEYS, k, v), w, indices, *descriptors(ROWS, do))
+    dquery, totals, cuts = *descriptors(ROWS, dq), descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
+    if hopper and hopper.fits(q, **tiles):
+        dw = hopper.backward(*inputs, dquery, totals, cuts, *lists, scale, n_cut, SEGMENT, **tiles)
+    else:
+        parts = torch.empty(B, Cq, n_slot, n_block * Hq, dtype=torch.float32, device=q.device)
+        backward_q_kernel[(B * Cq * n_block * Hq,)](
+            *inputs, dquery, parts, scale, n_slot, Cq, Sq, Sk, Hq, **tiles, **how)
+        backward_kv_kernel[(B * (n_cut + Ck) * Hkv,)](
+            *inputs, *totals, *cuts, *lists, scale, n_cut, B, Cq, Ck, Sk, Hkv, SLOTS=n_slot, BLOCKS=n_block,
+            SEGMENT=SEGMENT, **tiles, **how)
+        dw = parts.sum(-1)
     if n_cut:
         add_cuts_kernel[(B * n_cut * Hkv,)](
-            indices, pairs, offsets, *totals, *parts, Cq * n_slot, n_cut, Ck, Hkv, D=D, KEYS=KEYS,
-            SEGMENT=SEGMENT)
-    return dq, dk, dv, dw.sum(-1).to(weights.dtype)
+            indices, *lists, *totals, *cuts, Cq * n_slot, n_cut, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
+    return dw
 
 
 @flash_forward.register_fake

@@ -21,6 +21,7 @@ import gca as gca_module  # noqa: E402
 from gca import flash_backward, flash_forward, gca, gca_reference, retrieved_by  # noqa: E402
 
 needs_triton = pytest.mark.skipif(gca_module.triton is None, reason="triton is not installed")
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 # The interpreter does not do bfloat16 products.
 LOW_PRECISION = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 
@@ -37,6 +38,17 @@ def inputs(B=2, Cq=3, Sq=16, Hq=2, Hkv=2, D=16, Ck=4, Sk=16, K=3, dtype=torch.fl
     return *(x.to(DEVICE, dtype) for x in (q, k, v)), weights.to(DEVICE), indices.to(DEVICE)
 
 
+@pytest.fixture(params=["triton", "hopper"] if HOPPER else ["triton"])
+def sizes(request, monkeypatch):
+    """Arguments of inputs() for the kernels of gca.py, or those of hopper.py. Lists are split early."""
+    monkeypatch.setattr(gca_module, "SEGMENT", 4)
+    if request.param == "triton":
+        return {}
+    monkeypatch.setattr(gca_module, "n_parts", lambda *_: 1)
+    monkeypatch.setattr(gca_module, "LARGE", 1)
+    return dict(Sq=40, Sk=50, D=32, dtype=torch.bfloat16)
+
+
 def with_gradients(function, q, k, v, weights, indices, softmax_one, upstream):
     """Output and the four gradients."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v, weights)]
@@ -48,9 +60,11 @@ def kernel(*args):
     return gca(*args, backend="triton")
 
 
-def assert_matches(tensors, softmax_one=True, tolerance=2e-6):
-    """The kernel's output and gradients are the float64 reference's, to a relative error of `tolerance`."""
+def assert_matches(tensors, softmax_one=True, tolerance=0):
+    """The kernel's output and gradients are the float64 reference's, to 2e-6 or the rounding of the dtype."""
     *floats, indices = tensors
+    dtype = floats[0].dtype
+    tolerance = max(tolerance, 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
     upstream = torch.randn_like(floats[0])
     got = with_gradients(kernel, *floats, indices, softmax_one, upstream)
     wanted = with_gradients(gca_reference, *(x.double() for x in floats), indices, softmax_one, upstream)
@@ -118,14 +132,36 @@ def test_kernel_with_the_largest_tiles(dtype, D, Sk):
         with pytest.raises(ValueError, match="backend 'triton'"):
             kernel(*tensors)
     else:
-        assert_matches(tensors, tolerance=2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+        assert_matches(tensors)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("softmax_one", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("Sq, Sk, K, Hq, Hkv, D, size", [
+    (33, 33, 1, 2, 1, 16, 1), (64, 64, 9, 2, 2, 64, 1), (100, 63, 5, 4, 2, 32, 1), (64, 40, 2, 6, 3, 64, 1),
+    (64, 64, 3, 2, 2, 32, 40)])                     # size 40: scores of thousands
+def test_hopper_kernels_are_as_exact_as_tritons(Sq, Sk, K, Hq, Hkv, D, size, dtype, softmax_one, monkeypatch):
+    for name, value in dict(n_parts=lambda *_: 1, SEGMENT=4, LARGE=1).items():
+        monkeypatch.setattr(gca_module, name, value)
+    q, k, *floats, indices = inputs(Sq=Sq, Sk=Sk, K=K, Hq=Hq, Hkv=Hkv, D=D, dtype=dtype)
+    floats = q * size, k * size, *floats
+    upstream = torch.randn_like(q)
+    exact = with_gradients(gca_reference, *(x.double() for x in floats), indices, softmax_one, upstream)
+    hopper = with_gradients(kernel, *floats, indices, softmax_one, upstream)
+    monkeypatch.setattr(gca_module, "hopper", None)
+    triton = with_gradients(kernel, *floats, indices, softmax_one, upstream)
+    assert not all(torch.equal(x, y) for x, y in zip(hopper, triton, strict=True))     # two different kernels
+    for name, x, y, z in zip(("out", "dq", "dk", "dv", "dweights"), hopper, triton, exact, strict=True):
+        ours, theirs = (x - z).norm(), (y - z).norm()
+        bound = 1.25 if size == 1 else 2            # log-sum-exps of thousands have few digits in float32
+        assert ours <= bound * theirs + 1e-6 * z.norm(), f"{name}: error {ours:.1e}, Triton's {theirs:.1e}"
 
 
 @needs_triton
 @pytest.mark.parametrize("indices", ["all empty", "one chunk a sequence", "repeated"])
-def test_kernel_on_extreme_retrieval(indices, monkeypatch):
-    monkeypatch.setattr(gca_module, "SEGMENT", 4)       # lists of popular chunks are split over programs
-    q, k, v, weights, chosen = inputs(B=2, Cq=7, K=5, Hq=4)
+def test_kernel_on_extreme_retrieval(indices, sizes):
+    q, k, v, weights, chosen = inputs(B=2, Cq=7, K=5, Hq=4, **sizes)
     popular = torch.tensor([2, 1], device=DEVICE)[:, None, None]
     patterns = {"all empty": chosen * 0 - 1, "repeated": chosen % 2,
                 "one chunk a sequence": chosen * 0 + popular}
@@ -159,16 +195,16 @@ def test_kernel_survives_large_scores():
 
 
 @needs_triton
-def test_weights_of_zero_and_one():
-    q, k, v, weights, indices = inputs()
+def test_weights_of_zero_and_one(sizes):
+    q, k, v, weights, indices = inputs(**sizes)
     assert_matches((q, k, v, (weights > 0.5).float(), indices))
 
 
 @needs_triton
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v", "weights"])
-def test_a_nan_or_inf_stays_with_those_who_share_its_rows(where, bad):
-    q, k, v, weights, _ = inputs(B=1, Cq=3, Ck=4, K=2)
+def test_a_nan_or_inf_stays_with_those_who_share_its_rows(where, bad, sizes):
+    q, k, v, weights, _ = inputs(B=1, Cq=3, Ck=4, K=2, **sizes)
     indices = torch.tensor([[[0, 1], [1, 2], [-1, 3]]], device=DEVICE)
     dict(q=q[:, 0], k=k[:, 0], v=v[:, 0], weights=weights[:, 0])[where].view(-1)[0] = bad
     out, dq, dk, dv, dw = with_gradients(kernel, q, k, v, weights, indices, True, torch.ones_like(q))
@@ -179,19 +215,48 @@ def test_a_nan_or_inf_stays_with_those_who_share_its_rows(where, bad):
 
 @needs_triton
 @pytest.mark.parametrize("skew", [False, True])
-def test_backward_is_bitwise_deterministic(skew, monkeypatch):
-    monkeypatch.setattr(gca_module, "SEGMENT", 4)
-    q, k, v, weights, indices = inputs(B=1, Cq=9, Ck=2, K=4)
+def test_backward_is_bitwise_deterministic(skew, sizes):
+    q, k, v, weights, indices = inputs(B=1, Cq=9, Ck=2, K=4, **sizes)
     indices = indices * 0 if skew else indices
     runs = [flash_backward(q, q, k, v, weights, indices, True, 0.25) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 @needs_triton
-def test_empty_slots_get_zero_gradient():
-    q, k, v, weights, indices = inputs()
+def test_empty_slots_get_zero_gradient(sizes):
+    q, k, v, weights, indices = inputs(**sizes)
     *_, dw = with_gradients(kernel, q, k, v, weights, indices, True, torch.ones_like(q))
     assert (dw[indices < 0] == 0).all() and (dw[indices >= 0] != 0).all()
+
+
+HOPPER_SOURCES = """
+import hopper, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+def descriptor(name, dtype):
+    tile = [1, 1, 64, 16]
+    return f"tensordesc<{name}{tile},{gl.NVMMASharedLayout.get_default_for(tile, dtype)!r}>"
+
+tiles = dict.fromkeys("Q K V Out DO DQ DK DV".split(), descriptor("bf16", gl.bfloat16))
+cuts = dict.fromkeys(["CutK", "CutV"], descriptor("fp32", gl.float32))
+pointers = dict(W="*fp32", Index="*i64", Stats="*fp32", Pairs="*i32", Offsets="*i32", scale="fp32")
+constants = dict(GROUP=2, D=16, ROWS=64, KEYS=64, ONE=False, SLOTS=8, BLOCKS=2, SEGMENT=64)
+for kernel in (hopper.forward_kernel, hopper.backward_q_kernel, hopper.backward_kv_kernel):
+    names = kernel.arg_names
+    types = tiles | cuts | pointers | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in names}
+    values = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    triton.compile(GluonASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
+"""
+
+
+@needs_triton
+def test_hopper_kernels_compile_on_any_machine():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", HOPPER_SOURCES], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @needs_triton
