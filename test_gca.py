@@ -40,13 +40,10 @@ def inputs(B=2, Cq=3, Sq=16, Hq=2, Hkv=2, D=16, Ck=4, Sk=16, K=3, dtype=torch.fl
 
 @pytest.fixture(params=["triton", "hopper"] if HOPPER else ["triton"])
 def sizes(request, monkeypatch):
-    """Arguments of inputs() for the kernels of gca.py, or those of hopper.py. Lists are split early."""
-    monkeypatch.setattr(gca_module, "SEGMENT", 4)
-    if request.param == "triton":
-        return {}
-    monkeypatch.setattr(gca_module, "n_parts", lambda *_: 1)
-    monkeypatch.setattr(gca_module, "LARGE", 1)
-    return dict(Sq=40, Sk=50, D=32, dtype=torch.bfloat16)
+    """Arguments of inputs() for the kernels of gca.py, or of hopper.py; work is split as if it were large."""
+    for name, value in dict(SEGMENT=4, LARGE=1, n_parts=lambda *_: 1).items():
+        monkeypatch.setattr(gca_module, name, value)
+    return {} if request.param == "triton" else dict(Sq=40, Sk=50, D=32, dtype=torch.bfloat16)
 
 
 def with_gradients(function, q, k, v, weights, indices, softmax_one, upstream):
@@ -167,6 +164,12 @@ def test_kernel_on_extreme_retrieval(indices, sizes):
                 "one chunk a sequence": chosen * 0 + popular}
     chosen = patterns[indices]
     assert_matches((q, k, v, weights, chosen))
+
+
+@needs_triton
+@pytest.mark.parametrize("Hq, Hkv", [(4, 2), (6, 3), (4, 1)])
+def test_backward_in_halves_of_the_heads(Hq, Hkv, sizes):
+    assert_matches(inputs(Hq=Hq, Hkv=Hkv, **sizes))
 
 
 @needs_triton
