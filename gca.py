@@ -92,19 +92,16 @@ def retrieved_chunks(x, indices, n_head):
 #
 # What was tried: milliseconds of single kernels of prototypes, paper's shape in bf16, on an H100 or H200.
 #     forward  heads first 0.36, chunks first 0.30 | pointers 0.32, TMA 0.30 | 1 or 2 warps 0.40, 8 warps 0.67
-#              3 stages 0.31 | w / l applied to P V instead of P: 3%, 8% for small heads
+#              w / l applied to P V instead of P: 3%, 8% for small heads
 #     dQ       recomputing the softmax 0.42, and storing its statistics for dK/dV besides 0.51
-#              w (dp - delta) with a multiplication less: no gain here, 4% for small heads, but not exact
 #     dK/dV    reading those 0.69-0.75, recomputing 0.58 | by pointers 0.74 | 1 stage 0.91, 3 stages 0.73
 #              scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
-#              dK and dV accumulated transposed 0.64 for 0.60 | fewer warps or rows: 1.3 and more
 #              P and dS both handed over before their products run: they wait once, 0.59 for 0.64
 #              K and the blocks of rows a chunk known to the compiler, for divisions: 3% and 1.5%
 #     one fused pass with atomic sums for dQ: 1.13 for 1.03 (heads of 64), 0.34 for 0.46 (heads of 16), but
 #              its bits differ from run to run | warp_specialize: 2 to 3 times slower
-#     no gain: unrolled loops, fetching the next index early, dQ beside dK/dV on a stream of its own, w kept
-#              out of the shared memory that Triton fetches it through, the next scores before this softmax
-#     what Triton does not offer, a say in when to wait, is worth a tenth to a quarter: hopper.py
+#     no gain: unrolled loops, dQ beside dK/dV on a stream of its own, the next scores before this softmax
+#     a say in when to wait, which Triton does not offer: 5% in dQ, 9% forward, 25% in dK/dV (hopper.py)
 
 @jit
 def load_tile(X, b, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):

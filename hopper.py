@@ -44,8 +44,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 #
 # What was tried: microseconds a kernel, paper's shape in bf16, on an H200. gca.py's take 280, 397 and 548.
 #     forward  255 | the last P V in flight beside these scores, 106 registers for 95: 266
-#              queries from registers: no gain | a barrier a tile instead of one a pair: 4% more
-#     dQ       378, of which the statistics take 22 | scores and dO V^T in flight together, 141 registers: 418
+#              queries from registers: no gain
+#     dQ       378, of which the statistics take 22 | scores and dO V^T in flight together: 5% more
 #     dK, dV   410 | the last turn's products in flight beside this turn's, 224 registers: 495; capped at 168,
 #              the assembler gives up and waits for each product: 445 | as in gca.py, nothing stored: 515
 #     all heads at once, not in two halves: 50 less for both, and twice the memory
@@ -151,7 +151,7 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Sq, Sk, Hq, GROUP:
     index, w = index_and_weight(Index, W, 0, n_slot)
     fetch(K, k, V, v, ready, 0, b, index, 0, h // GROUP, True)
     index, w_next = index_and_weight(Index, W, 1, n_slot)
-    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))
+    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))              # what scores are not added to
     out = gl.zeros((ROWS, D), gl.float32, layout(D))
     pv = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
     factor = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout(D)))
@@ -202,7 +202,7 @@ def backward_q_kernel(Q, K, V, W, Index, DO, DQ, Stats, scale, n_slot, Cq, Sq, S
     index, w = index_and_weight(Index, W, 0, n_slot)
     fetch(K, k, V, v, ready, 0, b, index, 0, h // GROUP, True)
     index, w_next = index_and_weight(Index, W, 1, n_slot)
-    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))
+    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))              # what scores are not added to
     dq = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
     q_tile, do_tile = fetched(Q, q, DO, do, q_ready, 0)
     for slot in range(n_slot):
@@ -274,7 +274,7 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Stats, Pairs, 
         fetch(Q, q, DO, do, ready, 0, b, pair // SLOTS, 0, h * GROUP, start < stop)
         fetch_stats(both, stats, 0, pair, n_stat, h * GROUP * BLOCKS * ROWS)
         pair = gl.load(Pairs + start + 1 // TILES, mask=start + 1 // TILES < stop, other=0)   # of turn 1
-        none = gl.zeros((KEYS, ROWS), gl.float32, layout(ROWS))
+        none = gl.zeros((KEYS, ROWS), gl.float32, layout(ROWS))         # what scores are not added to
         dk = accumulator(gl.zeros((KEYS, D), gl.float32, layout(D)))
         dv = accumulator(gl.zeros((KEYS, D), gl.float32, layout(D)))
         k_tile, v_tile = fetched(K, k, V, v, k_ready, 0)
