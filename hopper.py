@@ -230,6 +230,7 @@ def backward_q_kernel(Q, K, V, W, Index, DO, DQ, Stats, scale, n_slot, Cq, Sq, S
 
 @gluon.jit
 def list_with(pair, Index, Pairs, Offsets, Ck):
+    """As in gca.py, which imports this file, and not the other way round."""
     exists = pair < gl.load(Offsets + Ck)
     slot = gl.load(Pairs + pair, mask=exists, other=0)
     chunk = gl.load(Index + slot, mask=exists, other=0).to(gl.int32)
