@@ -98,6 +98,9 @@ def retrieved_chunks(x, indices, n_head):
 #              scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
 #              P and dS both handed over before their products run: they wait once, 0.59 for 0.64
 #              K and the blocks of rows a chunk known to the compiler, for divisions: 3% and 1.5%
+#     dK/dV with skewed retrieval, in hopper.py, beside 0.41 for uniform: the longest programs first 0.44
+#              chunks in order 0.48, so of all heads side by side 0.46 (uniform 0.43) | pieces of 32: 0.45,
+#              and twice their memory | early programs for all lists that may be long, most of them idle: 0.45
 #     one fused pass with atomic sums for dQ: 1.13 for 1.03 (heads of 64), 0.34 for 0.46 (heads of 16), but
 #              its bits differ from run to run | warp_specialize: 2 to 3 times slower
 #     no gain: unrolled loops, dQ beside dK/dV on a stream of its own, the next scores before this softmax
@@ -213,44 +216,57 @@ def retrieved_by_kernel(Index, Pairs, Offsets, n_pair, Ck, BLOCK: tl.constexpr):
 
 
 # Then one program computes dK and dV of one chunk in one key/value head, in a walk over the chunk's list. So
-# that popular chunks do not leave the GPU to a few programs, lists longer than SEGMENT are cut wherever a
-# multiple of SEGMENT falls inside them. The start of a list writes to dK and dV; what follows a cut has a
-# program and float32 tiles of its own, which add_cuts_kernel then adds up in order. Programs of cuts come
-# first: they are the long ones.
+# that popular chunks do not leave the GPU to a few programs, long lists are cut into pieces of SEGMENT pairs.
+# The first piece writes to dK and dV; each later one has a program and float32 tiles of its own, which
+# add_pieces_kernel then adds up in order.
+#
+# Items[b] lists the work of a head. The first n_piece items are later pieces: item i is the chunk with one
+# that begins in the SEGMENT places of Pairs from (i + 1) * SEGMENT on, or Ck. There is at most one, as pieces
+# are that long, and its list has place (i + 1) * SEGMENT. All chunks follow, longest lists first.
 
 @jit
-def list_with(pair, Index, Pairs, Offsets, Ck):
-    """The list with this place of Pairs in it: its chunk, first place and stop (stop = first if none is)."""
-    exists = pair < tl.load(Offsets + Ck)
-    slot = tl.load(Pairs + pair, mask=exists, other=0)
-    chunk = tl.load(Index + slot, mask=exists, other=0).to(tl.int32)
+def items_kernel(Offsets, Items, n_piece, Ck, BLOCK: tl.constexpr, SEGMENT: tl.constexpr):
+    chunk, b = tl.program_id(0) % (Ck + 1), tl.program_id(0) // (Ck + 1)
+    Offsets += b * (Ck + 1)
+    Items += b * (n_piece + Ck)
     first = tl.load(Offsets + chunk)
-    return chunk, first, tl.where(exists, tl.load(Offsets + chunk + 1), first)
+    stop = tl.load(Offsets + chunk + 1, mask=chunk < Ck, other=(n_piece + 1) * SEGMENT)
+    for i in range(max(tl.cdiv(first, SEGMENT) - 1, 0), tl.cdiv(stop, SEGMENT) - 1):
+        piece = i + 1 - first // SEGMENT
+        exists = (chunk < Ck) & (piece > 0) & (first + piece * SEGMENT < stop)
+        tl.store(Items + i, tl.where(exists, chunk, Ck))
+    rank = 0                                    # how many lists are longer, or as long and of earlier chunks
+    for start in range(0, Ck, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        length = tl.load(Offsets + other + 1, mask=other < Ck, other=0)
+        length -= tl.load(Offsets + other, mask=other < Ck, other=1)
+        before = (length > stop - first) | (length == stop - first) & (other < chunk)
+        rank += tl.sum(before.to(tl.int32), 0)
+    tl.store(Items + n_piece + rank, chunk, mask=chunk < Ck)
 
+
+# Programs of one head are neighbours, to share its queries in the L2 cache. But those with most to do, all
+# later pieces and an eighth of the chunks, come before all others: none of them is left over at the end.
 
 @jit
-def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets, scale, n_cut, B, Cq, Ck,
-                       Sk, Hkv, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, PieceK, PieceV, Pairs, Offsets, Items, scale, n_piece,
+                       B, Cq, Ck, Sk, Hkv, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
                        D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
                        DOT: tl.constexpr, SEGMENT: tl.constexpr):
-    pid, n_pair = tl.program_id(0), Cq * SLOTS
-    is_cut = pid < n_cut * Hkv * B
-    n_item = tl.where(is_cut, n_cut, Ck)
-    pid -= tl.where(is_cut, 0, n_cut * Hkv * B)
-    item, h, b = pid % n_item, pid // n_item % Hkv, pid // (n_item * Hkv)
-    pairs = b * n_pair
-    Offsets += b * (Ck + 1)
-    if is_cut:
-        start = (item + 1) * SEGMENT
-        chunk, first, stop = list_with(start, Index + pairs, Pairs + pairs, Offsets, Ck)
-        in_use = (first < start) & (stop - first > SEGMENT)
-    else:
-        chunk, in_use = item, pid >= 0
-        start, stop = tl.load(Offsets + chunk), tl.load(Offsets + chunk + 1)
-        first = start
-    if in_use:
-        if stop - first > SEGMENT:
-            stop = min((start // SEGMENT + 1) * SEGMENT, stop)
+    pid, n_early = tl.program_id(0), n_piece + Ck // 8
+    is_early = pid < n_early * Hkv * B
+    n_item = tl.where(is_early, n_early, n_piece + Ck - n_early)
+    pid -= tl.where(is_early, 0, n_early * Hkv * B)
+    item, h, b = pid % n_item + tl.where(is_early, 0, n_early), pid // n_item % Hkv, pid // (n_item * Hkv)
+    pairs = b * Cq * SLOTS
+    chunk = tl.load(Items + b * (n_piece + Ck) + item)
+    if chunk < Ck:
+        first = tl.load(Offsets + b * (Ck + 1) + chunk)
+        stop = tl.load(Offsets + b * (Ck + 1) + chunk + 1)
+        start = first
+        if item < n_piece:
+            start += (item + 1 - first // SEGMENT) * SEGMENT
+        stop = min(start + SEGMENT, stop)
         k = load_tile(K, b, chunk, 0, h, KEYS, D)
         v = load_tile(V, b, chunk, 0, h, KEYS, D)
         dk = tl.zeros((KEYS, D), tl.float32)
@@ -271,35 +287,37 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Pairs, Offsets
             p, ds = p.to(do.dtype).T, ds.to(q.dtype).T                   # both before either product
             dv += tl.dot(p, do, input_precision=DOT)
             dk += tl.dot(ds, q, input_precision=DOT)
-        if is_cut:
-            store_tile(CutK, b, item, 0, h, dk * scale, KEYS, D)
-            store_tile(CutV, b, item, 0, h, dv, KEYS, D)
+        if item < n_piece:
+            store_tile(PieceK, b, item, 0, h, dk * scale, KEYS, D)
+            store_tile(PieceV, b, item, 0, h, dv, KEYS, D)
         else:
             store_tile(DK, b, chunk, 0, h, dk * scale, KEYS, D)
             store_tile(DV, b, chunk, 0, h, dv, KEYS, D)
 
 
 @jit
-def add_cuts_kernel(Index, Pairs, Offsets, DK, DV, CutK, CutV, n_pair, n_cut, Ck, Hkv, D: tl.constexpr,
-                    KEYS: tl.constexpr, SEGMENT: tl.constexpr):
-    """dK and dV of a chunk += the tiles of all cuts inside its list: a program a cut, the first one works."""
+def add_pieces_kernel(DK, DV, PieceK, PieceV, Offsets, Items, n_piece, Ck, Hkv, D: tl.constexpr,
+                      KEYS: tl.constexpr, SEGMENT: tl.constexpr):
+    """dK and dV of a chunk += the tiles of its later pieces: a program for each, of which the first works."""
     pid = tl.program_id(0)
-    cut, h, b = pid % n_cut, pid // n_cut % Hkv, pid // (n_cut * Hkv)
-    chunk, first, stop = list_with((cut + 1) * SEGMENT, Index + b * n_pair, Pairs + b * n_pair,
-                                   Offsets + b * (Ck + 1), Ck)
-    if (first // SEGMENT == cut) & (stop - first > SEGMENT):
-        dk = load_tile(DK, b, chunk, 0, h, KEYS, D).to(tl.float32)
-        dv = load_tile(DV, b, chunk, 0, h, KEYS, D).to(tl.float32)
-        for other in range(cut, (stop - 1) // SEGMENT):
-            dk += load_tile(CutK, b, other, 0, h, KEYS, D)
-            dv += load_tile(CutV, b, other, 0, h, KEYS, D)
-        store_tile(DK, b, chunk, 0, h, dk, KEYS, D)
-        store_tile(DV, b, chunk, 0, h, dv, KEYS, D)
+    item, h, b = pid % n_piece, pid // n_piece % Hkv, pid // (n_piece * Hkv)
+    chunk = tl.load(Items + b * (n_piece + Ck) + item)
+    if chunk < Ck:
+        first = tl.load(Offsets + b * (Ck + 1) + chunk)
+        if first // SEGMENT == item:
+            dk = load_tile(DK, b, chunk, 0, h, KEYS, D).to(tl.float32)
+            dv = load_tile(DV, b, chunk, 0, h, KEYS, D).to(tl.float32)
+            stop = item + (tl.load(Offsets + b * (Ck + 1) + chunk + 1) - first - 1) // SEGMENT
+            for later in tl.range(item, stop, num_stages=3):
+                dk += load_tile(PieceK, b, later, 0, h, KEYS, D)
+                dv += load_tile(PieceV, b, later, 0, h, KEYS, D)
+            store_tile(DK, b, chunk, 0, h, dk, KEYS, D)
+            store_tile(DV, b, chunk, 0, h, dv, KEYS, D)
 
 
 # ---------------------------------------------------------------- FlashGCA: the host's side
 
-SEGMENT = 64        # pairs between two cuts: the fewer, the more memory for the tiles of all possible cuts
+SEGMENT = 64        # pairs of a piece: the fewer, the more memory for the tiles of all possible pieces
 LARGE = 2 ** 25     # queries (numbers) from which backward works in two halves of the heads: half that memory
 
 
@@ -380,6 +398,16 @@ def retrieved_by(indices, Ck):
     return pairs, offsets
 
 
+def work_items(pairs, offsets):
+    """The work on dK and dV, as items_kernel has it: (B, n_piece + Ck)."""
+    (B, n_pair), Ck = pairs.shape, offsets.shape[1] - 1
+    n_piece = (n_pair - 1) // SEGMENT
+    items = torch.empty(B, n_piece + Ck, dtype=torch.int32, device=pairs.device)
+    block = min(4096, triton.next_power_of_2(Ck))
+    items_kernel[(B * (Ck + 1),)](offsets, items, n_piece, Ck, BLOCK=block, SEGMENT=SEGMENT)
+    return items
+
+
 @torch.library.custom_op("gca::backward", mutates_args=())
 def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
                    indices: torch.Tensor, softmax_one: bool, scale: float
@@ -389,7 +417,8 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     do, q, k, v = aligned(do, q, k, v)
     w, indices = weights.float().contiguous(), indices.contiguous()
-    lists = retrieved_by(indices, k.shape[1])
+    pairs, offsets = retrieved_by(indices, k.shape[1])
+    lists = pairs, offsets, work_items(pairs, offsets)
     n_part = 2 if q.numel() >= LARGE and k.shape[3] % 2 == 0 else 1
     dw = [backward_of_heads(*heads, w, indices, lists, softmax_one, scale)
           for heads in zip(*(x.chunk(n_part, dim=3) for x in (do, q, k, v, dq, dk, dv)), strict=True)]
@@ -401,23 +430,23 @@ def backward_of_heads(do, q, k, v, dq, dk, dv, w, indices, lists, softmax_one, s
     tiles, how = launch_options(q, k, softmax_one)
     ROWS, KEYS = tiles["ROWS"], tiles["KEYS"]
     (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, w.shape[2]
-    n_block, n_cut = -(-Sq // ROWS), (Cq * n_slot - 1) // SEGMENT
-    cuts = torch.empty(2, B, max(1, n_cut), Sk, Hkv, D, dtype=torch.float32, device=q.device)
+    n_block, n_piece = -(-Sq // ROWS), lists[-1].shape[1] - Ck
+    pieces = torch.empty(2, B, max(1, n_piece), Sk, Hkv, D, dtype=torch.float32, device=q.device)
     inputs = (*descriptors(ROWS, q), *descriptors(KEYS, k, v), w, indices, *descriptors(ROWS, do))
-    dquery, totals, cuts = *descriptors(ROWS, dq), descriptors(KEYS, dk, dv), descriptors(KEYS, *cuts)
+    dquery, sums = *descriptors(ROWS, dq), descriptors(KEYS, dk, dv, *pieces)
     if hopper and hopper.fits(q, **tiles):
-        dw = hopper.backward(*inputs, dquery, totals, cuts, *lists, scale, n_cut, SEGMENT, **tiles)
+        dw = hopper.backward(*inputs, dquery, sums, lists, scale, SEGMENT, **tiles)
     else:
         parts = torch.empty(B, Cq, n_slot, n_block * Hq, dtype=torch.float32, device=q.device)
         backward_q_kernel[(B * Cq * n_block * Hq,)](
             *inputs, dquery, parts, scale, n_slot, Cq, Sq, Sk, Hq, **tiles, **how)
-        backward_kv_kernel[(B * (n_cut + Ck) * Hkv,)](
-            *inputs, *totals, *cuts, *lists, scale, n_cut, B, Cq, Ck, Sk, Hkv, SLOTS=n_slot, BLOCKS=n_block,
+        backward_kv_kernel[(B * (n_piece + Ck) * Hkv,)](
+            *inputs, *sums, *lists, scale, n_piece, B, Cq, Ck, Sk, Hkv, SLOTS=n_slot, BLOCKS=n_block,
             SEGMENT=SEGMENT, **tiles, **how)
         dw = parts.sum(-1)
-    if n_cut:
-        add_cuts_kernel[(B * n_cut * Hkv,)](
-            indices, *lists, *totals, *cuts, Cq * n_slot, n_cut, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
+    if n_piece:
+        add_pieces_kernel[(B * n_piece * Hkv,)](
+            *sums, *lists[1:], n_piece, Ck, Hkv, D=D, KEYS=KEYS, SEGMENT=SEGMENT)
     return dw
 
 

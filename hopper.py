@@ -170,8 +170,7 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Sq, Sk, Hq, GROUP:
         p, total, top = chunk_softmax(scores, scale, Sk, KEYS, ONE)
         if D < KEYS:                                                     # scale P V, the smaller tile, later
             factor = gl.convert_layout(w / total, gl.SliceLayout(1, layout(D)))
-            pv = product(left_operand(p, Q.dtype, D), v_tile, accumulator(pv), use_acc=False,
-                               is_async=True)
+            pv = product(left_operand(p, Q.dtype, D), v_tile, accumulator(pv), use_acc=False, is_async=True)
         else:
             p *= (w / total)[:, None]
             pv = product(left_operand(p, Q.dtype, D), v_tile, accumulator(pv), is_async=True)
@@ -229,37 +228,24 @@ def backward_q_kernel(Q, K, V, W, Index, DO, DQ, Stats, scale, n_slot, Cq, Sq, S
 
 
 @gluon.jit
-def list_with(pair, Index, Pairs, Offsets, Ck):
-    """As in gca.py, which imports this file, and not the other way round."""
-    exists = pair < gl.load(Offsets + Ck)
-    slot = gl.load(Pairs + pair, mask=exists, other=0)
-    chunk = gl.load(Index + slot, mask=exists, other=0).to(gl.int32)
-    first = gl.load(Offsets + chunk)
-    return chunk, first, gl.where(exists, gl.load(Offsets + chunk + 1), first)
-
-
-@gluon.jit
-def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Stats, Pairs, Offsets, scale, n_cut, B, Cq,
-                       Ck, Hkv, SLOTS: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr,
-                       D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, SEGMENT: gl.constexpr):
-    pid = gl.program_id(0)                                              # as in gca.py, up to `if in_use`
-    is_cut = pid < n_cut * Hkv * B
-    n_item = gl.where(is_cut, n_cut, Ck)
-    pid -= gl.where(is_cut, 0, n_cut * Hkv * B)
-    item, h, b = pid % n_item, pid // n_item % Hkv, pid // (n_item * Hkv)
+def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, PieceK, PieceV, Stats, Pairs, Offsets, Items, scale,
+                       n_piece, B, Cq, Ck, Hkv, SLOTS: gl.constexpr, BLOCKS: gl.constexpr,
+                       GROUP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+                       SEGMENT: gl.constexpr):
+    pid, n_early = gl.program_id(0), n_piece + Ck // 8                  # as in gca.py, up to `stop = min(..)`
+    is_early = pid < n_early * Hkv * B
+    n_item = gl.where(is_early, n_early, n_piece + Ck - n_early)
+    pid -= gl.where(is_early, 0, n_early * Hkv * B)
+    item, h, b = pid % n_item + gl.where(is_early, 0, n_early), pid // n_item % Hkv, pid // (n_item * Hkv)
     Pairs += b * Cq * SLOTS
-    Offsets += b * (Ck + 1)
-    if is_cut:
-        start = (item + 1) * SEGMENT
-        chunk, first, stop = list_with(start, Index + b * Cq * SLOTS, Pairs, Offsets, Ck)
-        in_use = (first < start) & (stop - first > SEGMENT)
-    else:
-        chunk, in_use = item, pid >= 0
-        start, stop = gl.load(Offsets + chunk), gl.load(Offsets + chunk + 1)
-        first = start
-    if in_use:
-        if stop - first > SEGMENT:
-            stop = min((start // SEGMENT + 1) * SEGMENT, stop)
+    chunk = gl.load(Items + b * (n_piece + Ck) + item)
+    if chunk < Ck:
+        first = gl.load(Offsets + b * (Ck + 1) + chunk)
+        stop = gl.load(Offsets + b * (Ck + 1) + chunk + 1)
+        start = first
+        if item < n_piece:
+            start += (item + 1 - first // SEGMENT) * SEGMENT
+        stop = min(start + SEGMENT, stop)
         TILES: gl.constexpr = BLOCKS * GROUP                            # of a pair: blocks of rows, heads
         W += b * Cq * SLOTS
         n_stat = Hkv * GROUP * BLOCKS * ROWS
@@ -303,10 +289,10 @@ def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, CutK, CutV, Stats, Pairs, 
         dv, dk = finish(0, [dv, dk])
         async_copy.wait_group(0)
         thread_barrier()
-        if is_cut:
-            cut = gl.allocate_shared_memory(gl.float32, CutK.block_shape, CutK.layout)
-            store(CutK, cut, b, item, 0, h, dk * scale)
-            store(CutV, cut, b, item, 0, h, dv)
+        if item < n_piece:
+            piece = gl.allocate_shared_memory(gl.float32, PieceK.block_shape, PieceK.layout)
+            store(PieceK, piece, b, item, 0, h, dk * scale)
+            store(PieceV, piece, b, item, 0, h, dv)
         else:
             store(DK, k.index(0), b, chunk, 0, h, dk * scale)
             store(DV, v.index(0), b, chunk, 0, h, dv)
@@ -348,17 +334,17 @@ def forward(query, keys, values, w, indices, out, scale, D, ROWS, **tiles):
         D=D, ROWS=ROWS, **tiles, num_warps=4)
 
 
-def backward(query, keys, values, w, indices, upstream, dquery, totals, cuts, pairs, offsets, scale, n_cut,
-             SEGMENT, GROUP, D, ROWS, KEYS, ONE):
-    """Fill dquery, totals (dk, dv) and cuts (their tiles), all descriptors; returns dweights (B, Cq, K)."""
+def backward(query, keys, values, w, indices, upstream, dquery, sums, lists, scale, SEGMENT, GROUP, D, ROWS,
+             KEYS, ONE):
+    """Fill dquery and sums (dk, dv and the tiles of pieces), descriptors; returns dweights (B, Cq, K)."""
     (B, Cq, Sq, width), (_, Ck, Sk, _), n_slot = query.shape, keys.shape, w.shape[2]
-    Hq, n_block = width // D, -(-Sq // ROWS)
+    Hq, n_block, n_piece = width // D, -(-Sq // ROWS), lists[-1].shape[1] - Ck
     stats = torch.empty(B, Cq, n_slot, 2, Hq * n_block * ROWS, dtype=torch.float32, device=w.device)
     inputs = (*with_layouts(query, keys, values), w, indices, *with_layouts(upstream))
     backward_q_kernel[(B * Cq * Hq * n_block,)](
         *inputs, *with_layouts(dquery), stats, scale, n_slot, Cq, Sq, Sk, Hq, GROUP=GROUP, D=D, ROWS=ROWS,
         KEYS=KEYS, ONE=ONE, num_warps=4)
-    backward_kv_kernel[(B * (n_cut + Ck) * (Hq // GROUP),)](
-        *inputs, *with_layouts(*totals, *cuts), stats, pairs, offsets, scale, n_cut, B, Cq, Ck, Hq // GROUP,
-        SLOTS=n_slot, BLOCKS=n_block, GROUP=GROUP, D=D, ROWS=ROWS, KEYS=KEYS, SEGMENT=SEGMENT, num_warps=4)
+    backward_kv_kernel[(B * (n_piece + Ck) * (Hq // GROUP),)](
+        *inputs, *with_layouts(*sums), stats, *lists, scale, n_piece, B, Cq, Ck, Hq // GROUP, SLOTS=n_slot,
+        BLOCKS=n_block, GROUP=GROUP, D=D, ROWS=ROWS, KEYS=KEYS, SEGMENT=SEGMENT, num_warps=4)
     return stats[:, :, :, 1].sum(-1)

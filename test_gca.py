@@ -18,7 +18,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"            # before triton is imported
 
 import gca as gca_module  # noqa: E402
-from gca import flash_backward, flash_forward, gca, gca_reference, retrieved_by  # noqa: E402
+from gca import flash_backward, flash_forward, gca, gca_reference, retrieved_by, work_items  # noqa: E402
 
 needs_triton = pytest.mark.skipif(gca_module.triton is None, reason="triton is not installed")
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
@@ -187,7 +187,7 @@ def test_slots_dealt_out_over_programs_give_the_same_output(monkeypatch):
     tensors = inputs(Cq=2, Sq=5, K=7)
     for n_part in (1, 2, 3, 7):
         monkeypatch.setattr(gca_module, "n_parts", lambda *_, n_part=n_part: n_part)
-        torch.testing.assert_close(kernel(*tensors), gca_reference(*tensors), rtol=1e-5, atol=1e-6)
+        assert_matches(tensors)
 
 
 @needs_triton
@@ -243,12 +243,13 @@ def descriptor(name, dtype):
     return f"tensordesc<{name}{tile},{gl.NVMMASharedLayout.get_default_for(tile, dtype)!r}>"
 
 tiles = dict.fromkeys("Q K V Out DO DQ DK DV".split(), descriptor("bf16", gl.bfloat16))
-cuts = dict.fromkeys(["CutK", "CutV"], descriptor("fp32", gl.float32))
-pointers = dict(W="*fp32", Index="*i64", Stats="*fp32", Pairs="*i32", Offsets="*i32", scale="fp32")
+pieces = dict.fromkeys(["PieceK", "PieceV"], descriptor("fp32", gl.float32))
+pointers = dict(W="*fp32", Index="*i64", Stats="*fp32", Pairs="*i32", Offsets="*i32", Items="*i32",
+                scale="fp32")
 constants = dict(GROUP=2, D=16, ROWS=64, KEYS=64, ONE=False, SLOTS=8, BLOCKS=2, SEGMENT=64)
 for kernel in (hopper.forward_kernel, hopper.backward_q_kernel, hopper.backward_kv_kernel):
     names = kernel.arg_names
-    types = tiles | cuts | pointers | dict.fromkeys(constants, "constexpr")
+    types = tiles | pieces | pointers | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     values = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
     triton.compile(GluonASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
@@ -266,6 +267,23 @@ def test_hopper_kernels_compile_on_any_machine():
 def test_lists_of_who_retrieved_each_chunk():
     pairs, offsets = retrieved_by(torch.tensor([[[2, 0], [-1, 2], [2, 2]]], device=DEVICE), 4)
     assert offsets.tolist() == [[0, 1, 1, 5, 5]] and pairs[0, :5].tolist() == [1, 0, 3, 4, 5]
+
+
+@needs_triton
+@pytest.mark.parametrize("SEGMENT", [1, 3, 16])
+def test_work_items_are_later_pieces_then_the_chunks_by_length(monkeypatch, SEGMENT):
+    monkeypatch.setattr(gca_module, "SEGMENT", SEGMENT)
+    popularity = torch.tensor([1, 0.2, 0, 0.1, 0.1, 0.4, 0.1, 0.1])
+    indices = torch.multinomial(popularity, 90, replacement=True).view(3, 10, 3)
+    indices[1, -4:] = -1
+    pairs, offsets = retrieved_by(indices.to(DEVICE), 8)
+    for items, places in zip(work_items(pairs, offsets).tolist(), offsets.tolist(), strict=True):
+        lists = [range(*pair) for pair in zip(places[:-1], places[1:], strict=True)]
+        starts = {start: chunk for chunk, places in enumerate(lists) for start in places[SEGMENT::SEGMENT]}
+        later, n_piece = {start // SEGMENT - 1: chunk for start, chunk in starts.items()}, 29 // SEGMENT
+        assert len(later) == len(starts)
+        assert items[:n_piece] == [later.get(i, 8) for i in range(n_piece)]
+        assert items[n_piece:] == sorted(range(8), key=lambda chunk: -len(lists[chunk]))
 
 
 # ---------------------------------------------------------------- a PyTorch operation like any other
