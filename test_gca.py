@@ -156,11 +156,11 @@ def test_hopper_kernels_are_as_exact_as_tritons(Sq, Sk, K, Hq, Hkv, D, size, dty
 
 
 @needs_triton
-@pytest.mark.parametrize("indices", ["all empty", "one chunk a sequence", "repeated"])
+@pytest.mark.parametrize("indices", ["all empty", "one chunk a sequence", "repeated", "skewed"])
 def test_kernel_on_extreme_retrieval(indices, sizes):
-    q, k, v, weights, chosen = inputs(B=2, Cq=7, K=5, Hq=4, **sizes)
+    q, k, v, weights, chosen = inputs(B=2, Cq=7, Ck=18, K=5, Hq=4, **sizes)
     popular = torch.tensor([2, 1], device=DEVICE)[:, None, None]
-    patterns = {"all empty": chosen * 0 - 1, "repeated": chosen % 2,
+    patterns = {"all empty": chosen * 0 - 1, "repeated": chosen % 2, "skewed": chosen * (chosen % 3 == 0),
                 "one chunk a sequence": chosen * 0 + popular}
     chosen = patterns[indices]
     assert_matches((q, k, v, weights, chosen))
