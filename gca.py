@@ -98,7 +98,7 @@ def retrieved_chunks(x, indices, n_head):
 #              scores with their rows along the keys (nothing is transposed, but sums cross warps) 1.20
 #              P and dS both handed over before their products run: they wait once, 0.59 for 0.64
 #              K and the blocks of rows a chunk known to the compiler, for divisions: 3% and 1.5%
-#     dK/dV with skewed retrieval, in hopper.py, beside 0.41 for uniform: the longest programs first 0.44
+#     dK/dV with skewed retrieval, in hopper.py, beside 0.41 for uniform: the longest programs first 0.44 |
 #              chunks in order 0.48, so of all heads side by side 0.46 (uniform 0.43) | pieces of 32: 0.45,
 #              and twice their memory | early programs for all lists that may be long, most of them idle: 0.45
 #     one fused pass with atomic sums for dQ: 1.13 for 1.03 (heads of 64), 0.34 for 0.46 (heads of 16), but
