@@ -168,7 +168,7 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, n_part, B, Cq, Sq, Sk,
 # run.
 
 @jit
-def backward_q_kernel(Q, K, V, W, Index, DO, DQ, DW, scale, n_slot, Cq, Sq, Sk, Hq, GROUP: tl.constexpr,
+def backward_q_kernel(Q, K, V, DO, W, Index, DQ, DW, scale, n_slot, Cq, Sq, Sk, Hq, GROUP: tl.constexpr,
                       D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
                       DOT: tl.constexpr):
     pid, n_block = tl.program_id(0), tl.cdiv(Sq, ROWS)
@@ -249,7 +249,7 @@ def items_kernel(Offsets, Items, n_piece, Ck, BLOCK: tl.constexpr, SEGMENT: tl.c
 # later pieces and an eighth of the chunks, come before all others: none of them is left over at the end.
 
 @jit
-def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, PieceK, PieceV, Pairs, Offsets, Items, scale, n_piece,
+def backward_kv_kernel(Q, K, V, DO, W, DK, DV, PieceK, PieceV, Pairs, Offsets, Items, scale, n_piece,
                        B, Cq, Ck, Sk, Hkv, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
                        D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
                        DOT: tl.constexpr, SEGMENT: tl.constexpr):
@@ -432,14 +432,14 @@ def backward_of_heads(do, q, k, v, dq, dk, dv, w, indices, lists, softmax_one, s
     (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, w.shape[2]
     n_block, n_piece = -(-Sq // ROWS), lists[-1].shape[1] - Ck
     pieces = torch.empty(2, B, max(1, n_piece), Sk, Hkv, D, dtype=torch.float32, device=q.device)
-    inputs = (*descriptors(ROWS, q), *descriptors(KEYS, k, v), w, indices, *descriptors(ROWS, do))
+    inputs = (*descriptors(ROWS, q), *descriptors(KEYS, k, v), *descriptors(ROWS, do), w)
     dquery, sums = *descriptors(ROWS, dq), descriptors(KEYS, dk, dv, *pieces)
     if hopper and hopper.fits(q, **tiles):
-        dw = hopper.backward(*inputs, dquery, sums, lists, scale, SEGMENT, **tiles)
+        dw = hopper.backward(*inputs, indices, dquery, sums, lists, scale, SEGMENT, **tiles)
     else:
         parts = torch.empty(B, Cq, n_slot, n_block * Hq, dtype=torch.float32, device=q.device)
         backward_q_kernel[(B * Cq * n_block * Hq,)](
-            *inputs, dquery, parts, scale, n_slot, Cq, Sq, Sk, Hq, **tiles, **how)
+            *inputs, indices, dquery, parts, scale, n_slot, Cq, Sq, Sk, Hq, **tiles, **how)
         backward_kv_kernel[(B * (n_piece + Ck) * Hkv,)](
             *inputs, *sums, *lists, scale, n_piece, B, Cq, Ck, Sk, Hkv, SLOTS=n_slot, BLOCKS=n_block,
             SEGMENT=SEGMENT, **tiles, **how)

@@ -183,7 +183,7 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Sq, Sk, Hq, GROUP:
 
 
 @gluon.jit
-def backward_q_kernel(Q, K, V, W, Index, DO, DQ, Stats, scale, n_slot, Cq, Sq, Sk, Hq, GROUP: gl.constexpr,
+def backward_q_kernel(Q, K, V, DO, W, Index, DQ, Stats, scale, n_slot, Cq, Sq, Sk, Hq, GROUP: gl.constexpr,
                       D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, ONE: gl.constexpr):
     """dQ, and Stats (B, Cq, n_slot, 2, Hq, n_block, ROWS): log-sum-exp (base 2) and delta."""
     pid, n_block = gl.program_id(0), gl.cdiv(Sq, ROWS)
@@ -228,10 +228,9 @@ def backward_q_kernel(Q, K, V, W, Index, DO, DQ, Stats, scale, n_slot, Cq, Sq, S
 
 
 @gluon.jit
-def backward_kv_kernel(Q, K, V, W, Index, DO, DK, DV, PieceK, PieceV, Stats, Pairs, Offsets, Items, scale,
-                       n_piece, B, Cq, Ck, Hkv, SLOTS: gl.constexpr, BLOCKS: gl.constexpr,
-                       GROUP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-                       SEGMENT: gl.constexpr):
+def backward_kv_kernel(Q, K, V, DO, W, DK, DV, PieceK, PieceV, Stats, Pairs, Offsets, Items, scale, n_piece,
+                       B, Cq, Ck, Hkv, SLOTS: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr,
+                       D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, SEGMENT: gl.constexpr):
     pid, n_early = gl.program_id(0), n_piece + Ck // 8                  # as in gca.py, up to `stop = min(..)`
     is_early = pid < n_early * Hkv * B
     n_item = gl.where(is_early, n_early, n_piece + Ck - n_early)
@@ -334,16 +333,16 @@ def forward(query, keys, values, w, indices, out, scale, D, ROWS, **tiles):
         D=D, ROWS=ROWS, **tiles, num_warps=4)
 
 
-def backward(query, keys, values, w, indices, upstream, dquery, sums, lists, scale, SEGMENT, GROUP, D, ROWS,
+def backward(query, keys, values, upstream, w, indices, dquery, sums, lists, scale, SEGMENT, GROUP, D, ROWS,
              KEYS, ONE):
     """Fill dquery and sums (dk, dv and the tiles of pieces), descriptors; returns dweights (B, Cq, K)."""
     (B, Cq, Sq, width), (_, Ck, Sk, _), n_slot = query.shape, keys.shape, w.shape[2]
     Hq, n_block, n_piece = width // D, -(-Sq // ROWS), lists[-1].shape[1] - Ck
     stats = torch.empty(B, Cq, n_slot, 2, Hq * n_block * ROWS, dtype=torch.float32, device=w.device)
-    inputs = (*with_layouts(query, keys, values), w, indices, *with_layouts(upstream))
+    inputs = (*with_layouts(query, keys, values, upstream), w)
     backward_q_kernel[(B * Cq * Hq * n_block,)](
-        *inputs, *with_layouts(dquery), stats, scale, n_slot, Cq, Sq, Sk, Hq, GROUP=GROUP, D=D, ROWS=ROWS,
-        KEYS=KEYS, ONE=ONE, num_warps=4)
+        *inputs, indices, *with_layouts(dquery), stats, scale, n_slot, Cq, Sq, Sk, Hq, GROUP=GROUP, D=D,
+        ROWS=ROWS, KEYS=KEYS, ONE=ONE, num_warps=4)
     backward_kv_kernel[(B * (n_piece + Ck) * (Hq // GROUP),)](
         *inputs, *with_layouts(*sums), stats, *lists, scale, n_piece, B, Cq, Ck, Hq // GROUP, SLOTS=n_slot,
         BLOCKS=n_block, GROUP=GROUP, D=D, ROWS=ROWS, KEYS=KEYS, SEGMENT=SEGMENT, num_warps=4)
