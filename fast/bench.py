@@ -1,24 +1,30 @@
-"""FlashGCA checked, and timed beside what else computes as much. `python gca.py` runs this.
+"""FlashGCA checked, and timed beside its baselines: `python -m fast.bench`.
 
     check       relative errors of the kernels against the reference in float64, on fresh random inputs
     benchmark   a table, on a GPU: SHAPES by the ways to compute them (contenders), time and memory
     plot        a picture of SWEEPS: the forward pass by chunks retrieved and by context length
 """
-import argparse
 import importlib.util
-import json
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from gca import DTYPES, gca, gca_reference, retrieved_chunks, triton
+import fast.gca  # noqa: F401 (it adds the backend "fast")
+from gca import copy_retrieved, gca, gca_reference, triton
+from tools import cli
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, retrieval="uniform"):
-    """Random arguments of gca(). retrieval: different chunks, all equally likely ("uniform") or by Zipf's law
-    ("skewed"), or uniform but for one slot of every query chunk, which holds chunk 0 ("worst")."""
+    """Random arguments of gca().
+
+    retrieval: "uniform": different chunks, all equally likely; "skewed": by Zipf's law; "worst": uniform, but
+    one slot of every query chunk holds chunk 0.
+    """
     q, k, v = (torch.randn(B, C, S, H, D, device=device, dtype=dtype)
                for C, S, H in ((Cq, Sq, Hq), (Ck, Sk, Hkv), (Ck, Sk, Hkv)))
     popularity = torch.arange(1, Ck + 1, device=device).double() ** -(retrieval == "skewed")
@@ -38,13 +44,14 @@ def output_and_gradients(function, *tensors):
 
 
 def check(device):
-    """Print the kernel's relative errors against the reference in float64: output and gradients."""
-    for dtype in DTYPES if device == "cuda" else DTYPES[:1]:
+    """Print the kernels' relative errors against the reference in float64: output and gradients."""
+    for dtype in DTYPES:
         *floats, indices = random_inputs(device, dtype)
-        got = output_and_gradients(partial(gca, backend="triton"), *floats, indices)
         wanted = output_and_gradients(gca_reference, *(x.double() for x in floats), indices)
-        errors = [f"{((x - y).norm() / y.norm()).item():.1e}" for x, y in zip(got, wanted, strict=True)]
-        print(f"{str(dtype)[6:]:9} relative error of out, dq, dk, dv, dweights:", *errors)
+        for backend in ("triton", "fast"):
+            got = output_and_gradients(partial(gca, backend=backend), *floats, indices)
+            errors = [f"{((x - y).norm() / y.norm()).item():.1e}" for x, y in zip(got, wanted, strict=True)]
+            print(f"{backend:6} {str(dtype)[6:]:8} relative error of out, dq, dk, dv, dweights:", *errors)
 
 
 PAPER = dict(B=4, Cq=256, Sq=64, Hq=12, Hkv=12, D=64, Ck=256, Sk=64, K=8)       # of one layer, in training
@@ -59,7 +66,7 @@ SHAPES = [("paper", PAPER | dict(retrieval=name)) for name in ("uniform", "skewe
 
 def copied(x, indices, n_head):
     """The retrieved chunks of each query chunk as one sequence: (B * Cq, n_head, K * Sk, D)."""
-    return retrieved_chunks(x, indices, n_head).flatten(2, 3).flatten(0, 1).transpose(1, 2)
+    return copy_retrieved(x, indices, n_head).flatten(2, 3).flatten(0, 1).transpose(1, 2)
 
 
 def flex_attention_on_blocks(q, k, v, indices):
@@ -76,9 +83,10 @@ def flex_attention_on_blocks(q, k, v, indices):
 
 
 def contenders(q, k, v, weights, indices, compiled):
-    """name, function and leaves of each way to compute this, or, with one softmax over all, as much.
+    """Yield name, function and leaves of every baseline and of our kernels.
 
-    compiled: also those that need a compiler, which takes its time.
+    All do the same FLOPs, those of SDPA and FlexAttention with one softmax over all chunks. compiled: also
+    those that torch.compile has to compile, which takes minutes.
     """
     heads, sdpa = q.shape[3], F.scaled_dot_product_attention
     copies = [copied(x, indices, heads) for x in (k, v)]
@@ -92,14 +100,15 @@ def contenders(q, k, v, weights, indices, compiled):
                                               copied(v, indices, heads)), (q, k, v)
     if compiled:
         yield "FlexAttention", flex_attention_on_blocks(q, k, v, indices), (q, k, v)
-    yield "FlashGCA", lambda *x: gca(*x, indices), (q, k, v, weights)
+    yield "gca.py", lambda *x: gca(*x, indices, backend="triton"), (q, k, v, weights)
+    yield "fast/gca.py", lambda *x: gca(*x, indices, backend="fast"), (q, k, v, weights)
 
 
 def measure(function, leaves, backward):
     """Median milliseconds, forward and backward, and MiB beyond inputs, output and gradients at the peak.
 
-    Both are timed as CUDA graphs: some take no longer than it takes Python to launch them. Backward is what
-    forward and backward together take beyond the forward pass.
+    Both are timed as CUDA graphs, because some take no longer than Python takes to launch them. Backward is
+    what forward and backward together take beyond the forward pass.
     """
     def milliseconds(run):
         return triton.testing.do_bench_cudagraph(run, return_mode="median")
@@ -111,9 +120,9 @@ def measure(function, leaves, backward):
     upstream = torch.randn_like(function(*leaves))
 
     def gradients():
-        own = [x.detach().requires_grad_() for x in leaves]     # leaves of the stream that records the graph
-        out = function(*own)
-        return out, *torch.autograd.grad(out, own, upstream)
+        inputs = [x.detach().requires_grad_() for x in leaves]  # leaves of the stream that records the graph
+        out = function(*inputs)
+        return out, *torch.autograd.grad(out, inputs, upstream)
 
     gradients()                                 # compile
     torch.cuda.reset_peak_memory_stats()
@@ -124,7 +133,7 @@ def measure(function, leaves, backward):
 
 
 def compare(name, shape, peak, compiled):
-    """One row for each contender; ours has the ratio to the best of the others, forward + backward."""
+    """One row for each contender; ours have the ratio to the best baseline, forward + backward."""
     torch._dynamo.reset()
     *floats, indices = random_inputs("cuda", torch.bfloat16, **shape)
     backward = shape["Cq"] > 1
@@ -140,7 +149,7 @@ def compare(name, shape, peak, compiled):
         row["forward_share"] = 100 * flops / row["forward_ms"] / peak
         if backward:
             row["backward_share"] = 250 * flops / row["backward_ms"] / peak
-        if contender == "FlashGCA":
+        if contender in ("gca.py", "fast/gca.py"):
             row["ratio"] = best / total
         elif contender != "SDPA, copied before":
             best = min(best, total)
@@ -173,8 +182,8 @@ def plot(sweeps, path):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, (label, rows) in zip(axes, sweeps.items(), strict=True):
         for name in dict.fromkeys(row["contender"] for row in rows):
-            mine = [row for row in rows if row["contender"] == name]
-            axis.loglog([int(row["shape"]) for row in mine], [row["forward_ms"] for row in mine], "o-",
+            curve = [row for row in rows if row["contender"] == name]
+            axis.loglog([int(row["shape"]) for row in curve], [row["forward_ms"] for row in curve], "o-",
                         label=name)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
@@ -183,25 +192,26 @@ def plot(sweeps, path):
     figure.savefig(path, dpi=150)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Check FlashGCA against the reference; on a GPU, time it.")
+def main(argv=None):
+    parser = cli.Parser(description="Check FlashGCA against the reference; on a GPU, time it.")
     parser.add_argument("--json", type=Path, help="write the benchmark's rows to this file")
     parser.add_argument("--plot", type=Path, help="draw time by K and by length instead (needs matplotlib)")
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    args = parser.parse_args()
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{name}: no folder {path.parent} to write {path.name} to")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if triton is None:
-        return print("Nothing to check: triton is not installed (Linux: pip install triton).")
-    check("cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.cuda.is_available():
-        return print("No GPU: the check alone, in Triton's interpreter. There is nothing to time.")
+    args = parser.parse_args(argv)
+    with cli.mistakes_in_one_line(parser):
+        cli.check_folder("--json", args.json)
+        cli.check_folder("--plot", args.plot)
+        if args.plot and not importlib.util.find_spec("matplotlib"):
+            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if triton is None or not torch.cuda.is_available():
+        return print("Nothing can be timed without a GPU. `python gca.py` checks the kernels on any machine.")
+    device = torch.device("cuda")
+    check(device)
     if args.plot:
         return plot({label: benchmark(shapes, compiled=False) for label, shapes in SWEEPS.items()}, args.plot)
     rows = benchmark(SHAPES)
     if args.json:
-        report = dict(hardware=torch.cuda.get_device_name(), rows=rows)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        cli.save_report(args.json, {}, device, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

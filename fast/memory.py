@@ -1,14 +1,13 @@
-"""Reading and writing without end, at a constant cost per token: what a DRT remembers, and how it generates.
+"""What a DRT remembers of a text: windows, the chunk it is in, and every chunk's landmark, keys and values.
 
-    memory = Memory(model)                          model.read(tokens, memory) fills it, piece by piece
+    memory = Memory(model)                          fast.read(model, tokens, memory) fills it, piece by piece
     memory = Memory(model, offload=True)            chunk keys and values in CPU memory, the rest on the GPU
-    question = memory.fork()                        shares the past: many questions of one document
+    question = memory.fork()                        shares the past: many questions about one document
     memory.save(path); Memory.load(path, model)     read a long document once, ask it often
-    for tokens in model.generate(prompts, 100): ..  (B,) at a time
 
 Of fixed size are each layer's window, the chunk being read, and what each group has retrieved for it. Only
 the chunks grow: landmarks, and keys and values. GCA reads the K chunks retrieved and no others, so keys and
-values can stay in CPU memory, whatever the length: K chunks travel to the GPU for each chunk read.
+values can stay in CPU memory, whatever the length: K chunks travel to the GPU for each chunk that is read.
 """
 import copy
 import os
@@ -22,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from gca import jit, triton
+from gca import jit, require, triton
+from model import alibi_slopes, band_bias
 
 if triton:
     import triton.language as tl
@@ -183,9 +183,8 @@ class Memory:
 
     def __init__(self, model, batch_size=1, offload=False, capacity=None):
         config = model.config
-        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
+        require(capacity is None or capacity >= 1, f"capacity must be at least 1, got {capacity}")
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.device = model.embedding.weight.device
         if offload and self.device.type != "cuda":
@@ -193,6 +192,8 @@ class Memory:
         self.cache = ChunkCache(config.n_group) if offload and self.device.type == "cuda" else None
         self.length = 0                                         # text tokens read so far
         self.window = [None] * config.n_layer                   # each layer's (k, v) of the last W positions
+        slopes = alibi_slopes(config.n_head).to(self.device)    # of a single query, with the longest past
+        self.bias = band_bias(1, config.window + 1, config.window, slopes)[:, 0]
         self.unfinished = None                                  # (B, <S, d) lower decoder's output for it
         no_slot = torch.zeros(batch_size, 1, config.top_k, device=self.device)
         self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group   # weights, indices: for this chunk
@@ -223,20 +224,20 @@ class Memory:
         On the model's device, the chunks of an outgrown page move to one of twice the size: GCA is then one
         call. Pages in CPU memory stay where they are, and get company.
         """
-        old, total = None, self.chunks
+        outgrown, total = None, self.chunks
         if self.cache and self.is_own:
             self.pages[-1] = self.pages[-1].closed()
         elif self.is_own:
-            old = self.pages.pop()
-            n_new += old.used
+            outgrown = self.pages.pop()
+            n_new += outgrown.used
         room = 2 * n_new
         if self.capacity and not self.pages:
             room = max(n_new, self.capacity // (self.model.config.chunk_size - 1))
         if self.cache:
             room = max(n_new, min(max(room, total), PINNED_BYTES // tensors[1][0, :1].nbytes if n_new else 0))
         new = Page.like(tensors, room, self.cache is not None)
-        if old:
-            new.write(old.closed().tensors)
+        if outgrown:
+            new.write(outgrown.closed().tensors)
         self.pages, self.is_own = [*self.pages, new], True
 
     def serve(self, g, indices):
@@ -256,16 +257,14 @@ class Memory:
 
     def check(self, model, tokens):
         """ValueError if the model cannot read these tokens into this memory."""
-        if self.model is not model:
-            raise ValueError("memory must be this model's own; it was made for another model")
-        if self.device != model.embedding.weight.device:
-            raise ValueError(f"memory must be on the model's device {model.embedding.weight.device}, "
-                             f"got {self.device}")
-        if len(tokens) != self.batch_size:
-            raise ValueError(f"tokens must be {self.batch_size} sequences, as the memory, got {len(tokens)}")
-        if self.capacity and self.length + tokens.shape[1] > self.capacity:
-            raise ValueError(f"tokens must fit the memory's capacity of {self.capacity}: "
-                             f"it holds {self.length}, and {tokens.shape[1]} more were to be read")
+        device, wanted = model.embedding.weight.device, self.length + tokens.shape[1]
+        require(self.model is model, "memory must be this model's own; it was made for another model")
+        require(self.device == device, f"memory must be on the model's device {device}, got {self.device}")
+        require(len(tokens) == self.batch_size,
+                f"tokens must be {self.batch_size} sequences, as the memory, got {len(tokens)}")
+        require(not self.capacity or wanted <= self.capacity,
+                f"tokens must fit the memory's capacity of {self.capacity}: it holds {self.length}, "
+                f"and {tokens.shape[1]} more were to be read")
 
     def fork(self):
         """A memory that goes its own way from here. The chunks read so far are shared, not copied."""
@@ -318,21 +317,18 @@ class Memory:
     @classmethod
     def load(cls, path, model, offload=False, capacity=None):
         """The memory in a file that save() wrote; ValueError if it is none, damaged, or another model's."""
-        if not Path(path).is_file():
-            raise ValueError(f"no memory file at {path}")
+        require(Path(path).is_file(), f"no memory file at {path}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["format"] != FORMAT:
-                raise ValueError
+            require(state["format"] == FORMAT, "another format")
         except Exception as error:                  # whatever a foreign or damaged file makes torch raise
             raise ValueError(f"{path} is damaged or not a memory that Memory.save wrote") from error
-        if state["config"] != asdict(model.config) or state["weights"] != fingerprint(model):
-            raise ValueError(f"{path} must be a memory of this model; another model's weights wrote it")
+        require(state["config"] == asdict(model.config) and state["weights"] == fingerprint(model),
+                f"{path} must be a memory of this model; another model's weights wrote it")
         memory = cls(model, state["batch_size"], offload, capacity)
-        if capacity and state["length"] > capacity:
-            raise ValueError(f"capacity must be at least the {state['length']} tokens in {path}, "
-                             f"got {capacity}")
         memory.length = state["length"]
+        require(not capacity or memory.length <= capacity,
+                f"capacity must be at least the {memory.length} tokens in {path}, got {capacity}")
 
         def to_device(pair):
             return tuple(x.to(memory.device) for x in pair) if pair else None
@@ -343,8 +339,8 @@ class Memory:
             memory.unfinished = state["unfinished"].to(memory.device)
         if state["chunks"]:
             landmarks, *keys_values = state["chunks"]
-            place = "cpu" if memory.cache else memory.device
-            memory.append(landmarks.to(memory.device), *(x.to(place) for x in keys_values))
+            device = "cpu" if memory.cache else memory.device
+            memory.append(landmarks.to(memory.device), *(x.to(device) for x in keys_values))
         return memory
 
 
@@ -373,141 +369,3 @@ def save_atomically(path, state, previous=None):
             linked = path
         os.replace(linked, previous)
     os.replace(partial, path)
-
-
-# ---------------------------------------------------------------- generation
-
-def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad):
-    if not prompts or any(row.dim() != 1 or not len(row) for row in prompts):
-        raise ValueError("prompt must be (B, n) tokens, or a list of sequences, none of them empty")
-    ids = torch.cat([*prompts, torch.tensor([pad, *stop], device=prompts[0].device)])
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        wrong = ids[(ids < 0) | (ids >= vocab_size)][0].item()
-        raise ValueError(f"prompt, stop and pad must be token ids in [0, {vocab_size}), got {wrong}")
-    for name, value, fits, wanted in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
-            ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
-            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]")):
-        if not fits:
-            raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def sample(logits, temperature, top_k=None, top_p=None):
-    """Draw one token for each row of logits (B, vocab_size) -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p is not None:
-        p, order = logits.softmax(-1).sort(descending=True)
-        beyond = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
-        logits = logits.masked_fill(beyond, float("-inf"))
-    return logits.softmax(-1).multinomial(1)[:, 0]
-
-
-def as_batches(model, prompts, pad, memory, offload):
-    """Pad prompts so that the last token of each opens a chunk, and put those of one length side by side.
-
-    Returns for each batch: which prompts they are, their tokens (B, n), and a memory to read them into.
-    """
-    text, before, batches = model.config.chunk_size - 1, memory.length if memory else 0, {}
-    for i, row in enumerate(prompts):
-        row = F.pad(row, ((1 - before - len(row)) % text, 0), value=pad)
-        batches.setdefault(len(row), []).append((i, row))
-    if memory and len(batches) > 1:
-        raise ValueError("prompt: those that continue one memory must have the same length, in chunks")
-    made = []
-    for batch in batches.values():
-        which, rows = zip(*batch, strict=True)
-        own, tokens = memory or Memory(model, len(rows), offload), torch.stack(rows)
-        own.check(model, tokens)
-        made.append((list(which), tokens, own))
-    return made
-
-
-@torch.no_grad()
-def generate(model, batches, max_new_tokens, how, stop):
-    """The loop of DRT.generate: batches from as_batches; how: temperature, top_k, top_p."""
-    device, n_prompt = batches[0][1].device, sum(len(tokens) for _, tokens, _ in batches)
-    stop, ended = torch.tensor(stop, device=device), torch.full((n_prompt,), False, device=device)
-    order = torch.tensor([i for which, _, _ in batches for i in which], device=device).argsort()
-    steps = [GraphedStep(model) for _ in batches]
-    drawn = [tokens for _, tokens, _ in batches]
-    for n in range(max_new_tokens):
-        for i, (_, _, memory) in enumerate(batches):
-            fits = n and steps[i].fits(memory)
-            logits = steps[i](drawn[i], memory) if fits else model.read(drawn[i], memory, "last")
-            drawn[i] = sample(logits, *how)[:, None]
-        new = torch.cat(drawn)[order, 0]
-        yield new.masked_fill(ended, -1)
-        if len(stop):
-            ended |= torch.isin(new, stop)
-            if ended.all():
-                return
-
-
-class GraphedStep:
-    """Reading one token inside a chunk, as a CUDA graph: one launch instead of hundreds.
-
-    It runs DRT.hidden on a memory of its own, whose tensors keep their places: the windows move on inside the
-    graph; what the groups have retrieved is copied in when a new chunk begins.
-    """
-
-    def __init__(self, model):
-        self.model, self.graph = model, None
-
-    def fits(self, memory):
-        """A GPU, full windows, and a token that does not complete its chunk: nothing changes its shape."""
-        config, text = self.model.config, self.model.config.chunk_size - 1
-        return (memory.device.type == "cuda" and memory.window[0][0].shape[2] == config.window
-                and (not config.n_group or memory.length % text < text - 1 and memory.chunks))
-
-    def __call__(self, token, memory):
-        """token (B, 1) -> logits (B, vocab_size), as read() would give."""
-        served = [memory.serve(g, indices) for g, (_, indices) in enumerate(memory.serving)]
-        places = [x.data_ptr() for pages, _, _ in served for page in pages for x in page]
-        if self.graph is None or places != self.places:         # pages have moved since it was recorded
-            self.places = places
-            self.record(memory, served)
-        if memory.window[0] is not self.window[0]:              # a new chunk
-            for mine, pair in zip(self.window, memory.window, strict=True):
-                mine[0].copy_(pair[0])
-                mine[1].copy_(pair[1])
-            for g, (_, indices, ready) in enumerate(served):
-                self.weights[g].copy_(memory.serving[g][0])
-                self.indices[g].copy_(indices)
-                if ready:
-                    ready.wait()
-        self.token.copy_(token)
-        self.graph.replay()
-        memory.length, memory.window = memory.length + 1, list(self.window)
-        if self.unfinished is not None:
-            memory.unfinished = torch.cat([memory.unfinished, self.unfinished], dim=1)
-        return self.logits
-
-    def record(self, memory, served):
-        self.token = torch.zeros(memory.batch_size, 1, dtype=torch.long, device=memory.device)
-        self.window = [tuple(x.clone() for x in pair) for pair in memory.window]
-        self.weights = [weights.clone() for weights, _ in memory.serving]
-        self.indices = [indices.clone() for _, indices, _ in served]
-        mine = copy.copy(memory)
-        mine.serving = list(zip(self.weights, self.indices, strict=True))
-        mine.serve = lambda g, indices: (served[g][0], self.indices[g], None)
-
-        def run():
-            mine.window, mine.unfinished, mine.length = list(self.window), None, memory.length
-            self.logits = self.model.head(self.model.hidden(self.token, mine)[:, -1])
-            for old, new in zip(self.window, mine.window, strict=True):
-                for x, y in zip(old, new, strict=True):
-                    x.copy_(y)
-            self.unfinished = mine.unfinished
-
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
-                            cache_enabled=False):               # cached casts would not outlive the context
-            run()                                               # compile and choose algorithms
-            with torch.cuda.graph(self.graph):
-                run()

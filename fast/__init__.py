@@ -1,0 +1,57 @@
+"""The same results, faster. The plain files never import this package: it makes a model faster from outside.
+
+    model = apply(model)                    swaps pieces of a model that exists, by the table below
+    memory = Memory(model)                  what reading leaves behind (memory.py)
+    logits = read(model, tokens, memory)    reads on, instead of reading everything again (stream.py)
+    for tokens in generate(model, ..): ..   generates, at a constant cost per token (generate.py)
+
+Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.
+"""
+import warnings
+
+from fast import gca, loss, window
+from fast.generate import generate
+from fast.memory import Memory
+from fast.stream import read
+from model import DRT, CrossAttention, SelfAttention
+
+__all__ = ["Memory", "apply", "describe", "generate", "read"]
+
+TABLE = [
+    # plain piece                           fast twin                 in words
+    (CrossAttention, "gca",                 gca.gca,                  gca.kernels_in_words),
+    (SelfAttention,  "window_attention",    window.window_attention,  lambda config: "flex attention"),
+    (DRT,            "cross_entropy",       loss.cross_entropy,       lambda config: "loss in blocks"),
+]
+
+
+def apply(model, compile=False):
+    """Swap pieces of a model on a GPU for faster ones with the same results; returns the model.
+
+    On a CPU the plain pieces are as fast, and stay. compile: also torch.compile each layer, which takes most
+    of a minute and makes steps faster.
+    """
+    if not model.embedding.weight.is_cuda:
+        return model
+    swap(model)
+    if compile:
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        for layer in [*model.layers, *([model.encoder] if model.config.n_group else [])]:
+            layer.compile(dynamic=False)
+    return model
+
+
+def swap(model):
+    for kind, attribute, twin, _ in TABLE:
+        for module in model.modules():
+            if isinstance(module, kind):
+                setattr(module, attribute, twin)
+
+
+def describe(model):
+    """What of the table is active in the model, in words: for the line that says what runs."""
+    active = []
+    for kind, attribute, twin, words in TABLE:
+        if any(isinstance(module, kind) and getattr(module, attribute) is twin for module in model.modules()):
+            active.append(words(model.config))
+    return ", ".join(active) or "nothing, the plain files run"

@@ -1,0 +1,362 @@
+"""FlashGCA once more, faster, same results. Importing it adds a backend to gca(): "fast".
+
+    even work       Many chunks may retrieve the same one. Its list is then cut into pieces, and the longest
+                    lists start first, so that no program is left over at the end.
+    shared slots    Where there are few query chunks, as in generation, several programs share one's slots.
+    gaps            Heads that are slices of a larger tensor are read where they are.
+    hopper.py       On H100s and H200s, the three large kernels once more, one level below Triton.
+
+docs/kernels.md has what each of these gave, and what was tried. Shapes are gca.py's.
+"""
+from __future__ import annotations
+
+import torch
+
+import gca as plain
+from gca import (
+    INTERPRET,
+    backward_q_kernel,
+    backward_tile,
+    chunk_softmax,
+    jit,
+    kernel_fits,
+    launch_options,
+    load_tile,
+    triton,
+)
+
+if triton:
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+hopper = None
+if triton and torch.cuda.is_available() and not INTERPRET:
+    try:
+        from fast import hopper
+    except (ImportError, AttributeError):       # a Triton whose Gluon has other names; it is experimental
+        pass
+
+SEGMENT = 64        # pairs in a piece of a list; shorter pieces take more memory
+LARGE = 2 ** 25     # numbers in q from which the backward pass takes half of the heads at a time: less memory
+
+
+def jit_for_any_number_of_chunks(kernel):
+    """jit, but a growing text does not compile the kernel again, as it would for each new divisor of Ck."""
+    return triton.jit(kernel, do_not_specialize=["Ck"]) if triton else kernel
+
+
+@jit
+def store_tile(X, c, row, h, x, ROWS: tl.constexpr, D: tl.constexpr):
+    X.store([c, row, h * D], x.to(X.dtype).reshape(1, ROWS, D))
+
+
+# ---------------------------------------------------------------- forward
+
+@jit_for_any_number_of_chunks
+def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, n_part, B, Cq, Ck, Sq, Sk, Hq,
+                   GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+                   ONE: tl.constexpr, DOT: tl.constexpr):
+    """gca.py's forward kernel for one part of the slots. Out: the parts, one after another, to be added."""
+    pid = tl.program_id(0)
+    n_block = tl.cdiv(Sq, ROWS)
+    row = pid // Cq % n_block * ROWS
+    h = pid // (Cq * n_block) % Hq
+    b = pid // (Cq * n_block * Hq) % B
+    c = b * Cq + pid % Cq
+    part = pid // (Cq * n_block * Hq * B)
+    slots = c.to(tl.int64) * n_slot
+    per_part = tl.cdiv(n_slot, n_part)
+
+    q = load_tile(Q, c, row, h, ROWS, D)
+    out = tl.zeros((ROWS, D), tl.float32)
+    for slot in range(part * per_part, min((part + 1) * per_part, n_slot)):
+        index = tl.load(Index + slots + slot).to(tl.int32)
+        w = tl.where(index < 0, 0.0, tl.load(W + slots + slot))
+        chunk = tl.where(index < 0, -1, b * Ck + index)
+        k = load_tile(K, chunk, 0, h // GROUP, KEYS, D)
+        v = load_tile(V, chunk, 0, h // GROUP, KEYS, D)
+        scores = tl.dot(q, k.T, input_precision=DOT)                            # (ROWS, KEYS)
+        p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
+        if D <= KEYS:                                                           # scale the smaller tile
+            out += tl.dot(p.to(v.dtype), v, input_precision=DOT) * (w * inverse)[:, None]
+        else:
+            out += tl.dot((p * (w * inverse)[:, None]).to(v.dtype), v, input_precision=DOT)
+    store_tile(Out, part * B * Cq + c, row, h, out, ROWS, D)
+
+
+# ---------------------------------------------------------------- backward: who retrieved each chunk
+#
+# dK and dV of a chunk sum over the (query chunk, slot) pairs that hold it. One program makes one such list.
+# It counts the slots that hold earlier chunks, which is where the list begins, and then writes its own slots
+# there, in order. Every program reads all slots of its sequence, but that is one launch where sorting takes
+# several.
+
+@jit
+def retrieved_by_kernel(Index, Pairs, Offsets, Numbers, n_pair, Ck, BLOCK: tl.constexpr):
+    """Pairs (B, n_pair), Offsets (B, Ck + 1) and Numbers (B, n_pair), which are the chunk_numbers()."""
+    chunk = tl.program_id(0) % (Ck + 1)         # Ck stands for the empty slots, whose pairs come last
+    b = (tl.program_id(0) // (Ck + 1)).to(tl.int64)
+    wanted = tl.where(chunk < Ck, chunk, -1)
+    number = tl.where(chunk < Ck, b * Ck + chunk, -1).to(tl.int32)
+    offset = 0
+    for start in range(0, n_pair, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        index = tl.load(Index + b * n_pair + i, mask=i < n_pair, other=-1)
+        offset += tl.sum(((index >= 0) & (index < chunk)).to(tl.int32), 0)
+    tl.store(Offsets + b * (Ck + 1) + chunk, offset)
+    for start in range(0, n_pair, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        index = tl.load(Index + b * n_pair + i, mask=i < n_pair, other=-1)
+        mine = ((index == wanted) & (i < n_pair)).to(tl.int32)
+        tl.store(Pairs + b * n_pair + offset + tl.cumsum(mine, 0) - 1, i, mask=mine == 1)
+        tl.store(Numbers + b * n_pair + i, number, mask=mine == 1)
+        offset += tl.sum(mine, 0)
+
+
+# ---------------------------------------------------------------- backward: a list of even work
+#
+# A list longer than SEGMENT pairs is cut into pieces. The first piece writes to dK and dV. Each later piece
+# has a program and float32 tiles of its own, which add_pieces_kernel adds up in order.
+#
+# Items[b] lists what there is to do for one head. Its first n_piece entries are later pieces: entry i is the
+# chunk with a piece that begins in the SEGMENT places of Pairs from (i + 1) * SEGMENT on, or Ck if there is
+# none. There is at most one, because pieces are that long. All chunks follow, those with long lists first.
+
+@jit
+def items_kernel(Offsets, Items, n_piece, Ck, BLOCK: tl.constexpr, SEGMENT: tl.constexpr):
+    """One program: the entries of one chunk. Number Ck has no list; it fills what is behind the last list."""
+    chunk = tl.program_id(0) % (Ck + 1)
+    b = tl.program_id(0) // (Ck + 1)
+    Offsets += b * (Ck + 1)
+    Items += b * (n_piece + Ck)
+    first = tl.load(Offsets + chunk)
+    stop = tl.load(Offsets + chunk + 1, mask=chunk < Ck, other=(n_piece + 1) * SEGMENT)
+    for i in range(max(tl.cdiv(first, SEGMENT) - 1, 0), tl.cdiv(stop, SEGMENT) - 1):
+        piece = i + 1 - first // SEGMENT
+        exists = (chunk < Ck) & (piece > 0) & (first + piece * SEGMENT < stop)
+        tl.store(Items + i, tl.where(exists, chunk, Ck))
+    rank = 0                                    # how many lists are longer, or as long and of earlier chunks
+    for start in range(0, Ck, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        length = tl.load(Offsets + other + 1, mask=other < Ck, other=0)
+        length -= tl.load(Offsets + other, mask=other < Ck, other=1)
+        before = (length > stop - first) | (length == stop - first) & (other < chunk)
+        rank += tl.sum(before.to(tl.int32), 0)
+    tl.store(Items + n_piece + rank, chunk, mask=chunk < Ck)
+
+
+# ---------------------------------------------------------------- backward: dK and dV
+#
+# Programs of one head are neighbours, so that they share its queries in the L2 cache. But all later pieces
+# and an eighth of the chunks, which have most to do, come before everything else ("early").
+
+@jit
+def backward_kv_kernel(Q, K, V, DO, W, DK, DV, PieceK, PieceV, Pairs, Offsets, Items, scale, n_piece,
+                       B, Cq, Ck, Sk, Hkv, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+                       D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr,
+                       DOT: tl.constexpr, SEGMENT: tl.constexpr):
+    """gca.py's kernel of this name for one entry of the list of work."""
+    pid = tl.program_id(0)
+    n_early = n_piece + Ck // 8
+    is_early = pid < n_early * Hkv * B
+    n_item = tl.where(is_early, n_early, n_piece + Ck - n_early)
+    pid -= tl.where(is_early, 0, n_early * Hkv * B)
+    item = pid % n_item + tl.where(is_early, 0, n_early)
+    h = pid // n_item % Hkv
+    b = pid // (n_item * Hkv)
+    pairs = b * Cq * SLOTS
+    chunk = tl.load(Items + b * (n_piece + Ck) + item)
+    if chunk < Ck:
+        first = tl.load(Offsets + b * (Ck + 1) + chunk)
+        stop = tl.load(Offsets + b * (Ck + 1) + chunk + 1)
+        start = first
+        if item < n_piece:
+            start += (item + 1 - first // SEGMENT) * SEGMENT
+        stop = min(start + SEGMENT, stop)
+        k = load_tile(K, b * Ck + chunk, 0, h, KEYS, D)
+        v = load_tile(V, b * Ck + chunk, 0, h, KEYS, D)
+        dk = tl.zeros((KEYS, D), tl.float32)
+        dv = tl.zeros((KEYS, D), tl.float32)
+        TILES: tl.constexpr = BLOCKS * GROUP                            # of a pair: blocks of rows, heads
+        for step in range(start * TILES, stop * TILES):
+            pair = tl.load(Pairs + pairs + step // TILES)
+            w = tl.load(W + pairs + pair)
+            c = b * Cq + pair // SLOTS
+            row = step % TILES // GROUP * ROWS
+            head = h * GROUP + step % GROUP
+            q = load_tile(Q, c, row, head, ROWS, D)
+            do = load_tile(DO, c, row, head, ROWS, D)
+            p, ds, _ = backward_tile(q, k, v, do, w, scale, Sk, KEYS, ONE, DOT)
+            p, ds = p.to(do.dtype).T, ds.to(q.dtype).T                  # both before either product
+            dv += tl.dot(p, do, input_precision=DOT)
+            dk += tl.dot(ds, q, input_precision=DOT)
+        if item < n_piece:
+            store_tile(PieceK, b * n_piece + item, 0, h, dk * scale, KEYS, D)
+            store_tile(PieceV, b * n_piece + item, 0, h, dv, KEYS, D)
+        else:
+            store_tile(DK, b * Ck + chunk, 0, h, dk * scale, KEYS, D)
+            store_tile(DV, b * Ck + chunk, 0, h, dv, KEYS, D)
+
+
+@jit
+def add_pieces_kernel(DK, DV, PieceK, PieceV, Offsets, Items, n_piece, Ck, Hkv, D: tl.constexpr,
+                      KEYS: tl.constexpr, SEGMENT: tl.constexpr):
+    """dK and dV of a chunk += the tiles of its later pieces. One program a piece; the first one works."""
+    pid = tl.program_id(0)
+    item = pid % n_piece
+    h = pid // n_piece % Hkv
+    b = pid // (n_piece * Hkv)
+    chunk = tl.load(Items + b * (n_piece + Ck) + item)
+    if chunk < Ck:
+        first = tl.load(Offsets + b * (Ck + 1) + chunk)
+        if first // SEGMENT == item:
+            number = b * Ck + chunk
+            dk = load_tile(DK, number, 0, h, KEYS, D).to(tl.float32)
+            dv = load_tile(DV, number, 0, h, KEYS, D).to(tl.float32)
+            stop = item + (tl.load(Offsets + b * (Ck + 1) + chunk + 1) - first - 1) // SEGMENT
+            for later in tl.range(item, stop, num_stages=3 if D * KEYS <= 8192 else 1):
+                dk += load_tile(PieceK, b * n_piece + later, 0, h, KEYS, D)
+                dv += load_tile(PieceV, b * n_piece + later, 0, h, KEYS, D)
+            store_tile(DK, number, 0, h, dk, KEYS, D)
+            store_tile(DV, number, 0, h, dv, KEYS, D)
+
+
+# ---------------------------------------------------------------- the host's side
+
+def without_large_gaps(x):
+    """x, or a copy if a descriptor cannot read it: gaps inside heads or between sequences, odd addresses."""
+    B, C, S, H, D = x.shape
+    heads = x.stride(4) == 1 and (H == 1 or x.stride(3) == D)
+    sequences = B == 1 or C == 1 or x.stride(0) == C * x.stride(1)
+    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return x if heads and sequences and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptor(x, rows):
+    """For tiles of `rows` rows of one chunk in one head; x (B, C, S, H, D) without large gaps."""
+    B, C, S, H, D = x.shape
+    chunk = x.stride(1) if C > 1 else x.stride(0) if B > 1 else 16      # axes of one element have any stride
+    row = x.stride(2) if S > 1 else 16
+    return TensorDescriptor(x, [B * C, S, H * D], [chunk, row, 1], [1, rows, D])
+
+
+def n_parts(n_program, n_slot, device):
+    """Over how many programs to share the slots of a query block, so that the GPU is busy."""
+    if device.type != "cuda":
+        return 1
+    n_processor = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(n_slot, 2 * n_processor // n_program))
+
+
+@torch.library.custom_op("gca::fast_forward", mutates_args=())
+def fast_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
+                 indices: torch.Tensor, softmax_one: bool, scale: float) -> torch.Tensor:
+    (B, Cq, Sq, Hq, _), (_, Ck, Sk, _, _), n_slot = q.shape, k.shape, weights.shape[2]
+    options = launch_options(q, k, softmax_one)
+    rows, keys = options["ROWS"], options["KEYS"]
+    n_program = B * Cq * Hq * triton.cdiv(Sq, rows)
+    n_part = n_parts(n_program, n_slot, q.device)
+    dtype = q.dtype if n_part == 1 else torch.float32
+    out = torch.empty(n_part, *q.shape, dtype=dtype, device=q.device)
+    q, k, v = (without_large_gaps(x) for x in (q, k, v))
+    inputs = (descriptor(q, rows), descriptor(k, keys), descriptor(v, keys),
+              weights.float().contiguous(), indices.contiguous())
+    output = descriptor(out.flatten(0, 1), rows)
+    if hopper and n_part == 1 and hopper.fits(q, options):
+        hopper.forward(*inputs, output, scale, n_slot, Cq, Ck, options)
+    else:
+        forward_kernel[(n_part * n_program,)](
+            *inputs, output, scale, n_slot, n_part, B, Cq, Ck, Sq, Sk, Hq, **options)
+    return out[0] if n_part == 1 else out.sum(0).to(q.dtype)
+
+
+def retrieved_by(indices, Ck):
+    """Who retrieved each chunk of each sequence: indices (B, Cq, K) -> pairs, offsets, chunk numbers.
+
+    pairs[b, offsets[b, c]:offsets[b, c + 1]] are the (query chunk * K + slot) that hold chunk c, in order.
+    """
+    B, n_pair = len(indices), indices[0].numel()
+    pairs, numbers = torch.empty(2, B, n_pair, dtype=torch.int32, device=indices.device)
+    offsets = torch.empty(B, Ck + 1, dtype=torch.int32, device=indices.device)
+    block = min(4096, triton.next_power_of_2(n_pair))
+    retrieved_by_kernel[(B * (Ck + 1),)](indices, pairs, offsets, numbers, n_pair, Ck, BLOCK=block)
+    return pairs, offsets, numbers
+
+
+def work_items(pairs, offsets):
+    """The list of work on dK and dV, as items_kernel explains it: (B, n_piece + Ck)."""
+    (B, n_pair), Ck = pairs.shape, offsets.shape[1] - 1
+    n_piece = (n_pair - 1) // SEGMENT
+    items = torch.empty(B, n_piece + Ck, dtype=torch.int32, device=pairs.device)
+    block = min(4096, triton.next_power_of_2(Ck))
+    items_kernel[(B * (Ck + 1),)](offsets, items, n_piece, Ck, BLOCK=block, SEGMENT=SEGMENT)
+    return items
+
+
+@torch.library.custom_op("gca::fast_backward", mutates_args=())
+def fast_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
+                  indices: torch.Tensor, softmax_one: bool, scale: float) -> list[torch.Tensor]:
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    do, q, k, v = (without_large_gaps(x) for x in (do, q, k, v))
+    w = weights.float().contiguous()
+    pairs, offsets, numbers = retrieved_by(indices.contiguous(), k.shape[1])
+    lists = pairs, offsets, work_items(pairs, offsets)
+    n_half = 2 if q.numel() >= LARGE and k.shape[3] % 2 == 0 else 1
+    dw = 0
+    for heads in zip(*(x.chunk(n_half, dim=3) for x in (do, q, k, v, dq, dk, dv)), strict=True):
+        dw = dw + backward_of_heads(*heads, w, numbers, lists, softmax_one, scale)
+    return [dq, dk, dv, dw.to(weights.dtype)]
+
+
+def backward_of_heads(do, q, k, v, dq, dk, dv, w, numbers, lists, softmax_one, scale):
+    """Fill dq, dk and dv, which may be slices of the heads; returns dweights (B, Cq, K)."""
+    options = launch_options(q, k, softmax_one)
+    rows, keys = options["ROWS"], options["KEYS"]
+    (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, w.shape[2]
+    n_block, n_piece = triton.cdiv(Sq, rows), lists[-1].shape[1] - Ck
+    pieces = torch.empty(2, B, max(1, n_piece), Sk, Hkv, D, dtype=torch.float32, device=q.device)
+    inputs = descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(do, rows), w
+    sums = [descriptor(x, keys) for x in (dk, dv, *pieces)]
+    if hopper and hopper.fits(q, options):
+        dw = hopper.backward(*inputs, numbers, descriptor(dq, rows), sums, lists, scale, SEGMENT, B, Cq, Ck,
+                             n_slot, options)
+    else:
+        dw_shares = w.new_empty(B, Cq, n_slot, n_block, Hq)
+        backward_q_kernel[(B * Cq, n_block, Hq)](
+            *inputs, numbers, descriptor(dq, rows), dw_shares, scale, n_slot, Sk, **options)
+        backward_kv_kernel[(B * (n_piece + Ck) * Hkv,)](
+            *inputs, *sums, *lists, scale, n_piece, B, Cq, Ck, Sk, Hkv, SLOTS=n_slot, BLOCKS=n_block,
+            SEGMENT=SEGMENT, **options)
+        dw = dw_shares.sum((3, 4))
+    if n_piece:
+        add_pieces_kernel[(B * n_piece * Hkv,)](
+            *sums, *lists[1:], n_piece, Ck, Hkv, D=D, KEYS=keys, SEGMENT=SEGMENT)
+    return dw
+
+
+def gradients(ctx, do):
+    return *fast_backward(do, *ctx.saved_tensors, ctx.softmax_one, ctx.scale), None, None, None
+
+
+fast_forward.register_fake(plain.fake_forward)
+fast_backward.register_fake(plain.fake_backward)
+fast_forward.register_autograd(gradients, setup_context=plain.save_inputs)
+fast_backward.register_autograd(plain.second_derivative)
+plain.BACKENDS["fast"] = fast_forward
+
+
+def gca(q, k, v, weights, indices, softmax_one=True, scale=None):
+    """gca.py's gca() with the fastest backend for these tensors: "fast" on a GPU, where the kernels fit."""
+    backend = "fast" if q.is_cuda and kernel_fits(q, k) else "auto"
+    return plain.gca(q, k, v, weights, indices, softmax_one, scale, backend)
+
+
+def kernels_in_words(config):
+    """Which kernels a model of this DRTConfig runs on a GPU, in half precision."""
+    D, S = config.n_embd // config.n_head, config.chunk_size
+    x = torch.empty(1, 1, S, config.n_head, D, dtype=torch.bfloat16, device="meta")
+    if not kernel_fits(x, x[:, :, 1:]):
+        return "reference attention"
+    options = launch_options(x, x[:, :, 1:], config.softmax_one)
+    return "Hopper kernels" if hopper and hopper.fits(x, options) else "Triton kernels"

@@ -1,0 +1,172 @@
+"""Generation at a constant cost per token: a DRT driven from above, by way of its memory (stream.py).
+
+    for tokens in generate(model, prompts, 100): ..     (B,) at a time
+
+Inside a chunk nothing is retrieved, so on a GPU each token there is one CUDA graph (GraphedStep).
+"""
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from fast.memory import Memory
+from fast.stream import read, read_segment
+from gca import require
+
+
+def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), pad=0,
+             memory=None, offload=False):
+    """Yield the tokens that follow each prompt, (B,) at a time; -1 for a sequence that has ended.
+
+    prompt          (B, n) tokens, or a list of B prompts of different lengths
+    temperature     0: always the likeliest token; otherwise torch.manual_seed makes it repeatable
+    top_k, top_p    sample among the k likeliest; among the likeliest that hold top_p of the probability
+    stop            tokens that end a sequence (they are yielded)
+    memory          what was read before the prompt; it reads prompt and answer too: fork() to keep it
+    offload         as in Memory, where memory is None
+
+    A prompt is padded on the left, with token `pad`, so that its last token opens a chunk. All of a question
+    then lies in chunks whose landmarks have retrieved when the first new token is predicted. Raises
+    ValueError, which names the argument, before anything is generated.
+    """
+    device = model.embedding.weight.device
+    prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
+    check_generation(prompts, model.config.vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad)
+    batches = as_batches(model, prompts, pad, memory, offload)
+    return generate_batches(model, batches, max_new_tokens, (temperature, top_k, top_p), stop)
+
+
+def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad):
+    require(prompts and all(row.dim() == 1 and len(row) for row in prompts),
+            "prompt must be (B, n) tokens, or a list of sequences, none of them empty")
+    ids = torch.cat([*prompts, torch.tensor([pad, *stop], device=prompts[0].device)])
+    wrong = ids[(ids < 0) | (ids >= vocab_size)].tolist()
+    require(not wrong, f"prompt, stop and pad must be token ids in [0, {vocab_size}), got {wrong[:1]}")
+    require(max_new_tokens >= 0, f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    require(0 <= temperature < float("inf"), f"temperature must be at least 0, got {temperature}")
+    require(top_k is None or top_k >= 1, f"top_k must be at least 1, got {top_k}")
+    require(top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p}")
+
+
+def as_batches(model, prompts, pad, memory, offload):
+    """Pad prompts so that the last token of each opens a chunk, and put those of one length side by side.
+
+    Returns for each batch: which prompts they are, their tokens (B, n), and a memory to read them into.
+    """
+    n_text, n_before = model.config.chunk_size - 1, memory.length if memory else 0
+    by_length = {}
+    for i, row in enumerate(prompts):
+        row = F.pad(row, ((1 - n_before - len(row)) % n_text, 0), value=pad)
+        by_length.setdefault(len(row), []).append((i, row))
+    require(not memory or len(by_length) == 1,
+            "prompt: those that continue one memory must have the same length, in chunks")
+    batches = []
+    for batch in by_length.values():
+        numbers, rows = [i for i, _ in batch], torch.stack([row for _, row in batch])
+        batch_memory = memory or Memory(model, len(rows), offload)
+        batch_memory.check(model, rows)
+        batches.append((numbers, rows, batch_memory))
+    return batches
+
+
+@torch.no_grad()
+def generate_batches(model, batches, max_new_tokens, sampling, stop):
+    """The loop of generate(): batches from as_batches; sampling: temperature, top_k, top_p."""
+    device = model.embedding.weight.device
+    numbers = [i for batch_numbers, _, _ in batches for i in batch_numbers]
+    order = torch.tensor(numbers, device=device).argsort()
+    stop, ended = torch.tensor(stop, device=device), torch.full((len(numbers),), False, device=device)
+    steps = [GraphedStep(model) for _ in batches]
+    newest = [tokens for _, tokens, _ in batches]                       # what each batch has to read next
+    for n in range(max_new_tokens):
+        for i, (_, _, memory) in enumerate(batches):
+            if n and steps[i].fits(memory):
+                logits = steps[i](newest[i], memory)
+            else:
+                logits = read(model, newest[i], memory, "last")
+            newest[i] = sample(logits, *sampling)[:, None]
+        new = torch.cat(newest)[order, 0]
+        yield new.masked_fill(ended, -1)
+        if len(stop):
+            ended |= torch.isin(new, stop)
+            if ended.all():
+                return
+
+
+def sample(logits, temperature, top_k=None, top_p=None):
+    """Draw one token for each row of logits (B, vocab_size) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        beyond = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(beyond, float("-inf"))
+    return logits.softmax(-1).multinomial(1)[:, 0]
+
+
+class GraphedStep:
+    """Reading one token inside a chunk, as a CUDA graph: one launch instead of hundreds.
+
+    It runs read_segment on a memory of its own, whose tensors keep their places: the windows move on inside
+    the graph, and what the groups have retrieved is copied in when a new chunk begins.
+    """
+
+    def __init__(self, model):
+        self.model, self.graph = model, None
+
+    def fits(self, memory):
+        """A GPU, full windows, and a token that does not complete its chunk: nothing changes its shape."""
+        config, n_text = self.model.config, self.model.config.chunk_size - 1
+        return (memory.device.type == "cuda" and memory.window[0][0].shape[2] == config.window
+                and (not config.n_group or memory.length % n_text < n_text - 1 and memory.chunks))
+
+    def __call__(self, token, memory):
+        """token (B, 1) -> logits (B, vocab_size), as read() would give."""
+        served = [memory.serve(g, indices) for g, (_, indices) in enumerate(memory.serving)]
+        addresses = [x.data_ptr() for pages, _, _ in served for page in pages for x in page]
+        if self.graph is None or addresses != self.addresses:   # pages have moved since it was recorded
+            self.addresses = addresses
+            self.record(memory, served)
+        if memory.window[0] is not self.window[0]:              # a new chunk
+            for mine, (k, v) in zip(self.window, memory.window, strict=True):
+                mine[0].copy_(k)
+                mine[1].copy_(v)
+            for g, (_, indices, ready) in enumerate(served):
+                self.weights[g].copy_(memory.serving[g][0])
+                self.indices[g].copy_(indices)
+                if ready:
+                    ready.wait()
+        self.token.copy_(token)
+        self.graph.replay()
+        memory.length, memory.window = memory.length + 1, list(self.window)
+        if self.unfinished is not None:
+            memory.unfinished = torch.cat([memory.unfinished, self.unfinished], dim=1)
+        return self.logits
+
+    def record(self, memory, served):
+        self.token = torch.zeros(memory.batch_size, 1, dtype=torch.long, device=memory.device)
+        self.window = [(k.clone(), v.clone()) for k, v in memory.window]
+        self.weights = [weights.clone() for weights, _ in memory.serving]
+        self.indices = [indices.clone() for _, indices, _ in served]
+        mine = copy.copy(memory)
+        mine.serving = list(zip(self.weights, self.indices, strict=True))
+        mine.serve = lambda g, indices: (served[g][0], self.indices[g], None)
+
+        def run():
+            mine.window, mine.unfinished, mine.length = list(self.window), None, memory.length
+            self.logits = self.model.head(read_segment(self.model, self.token, mine)[:, -1])
+            for (k, v), (new_k, new_v) in zip(self.window, mine.window, strict=True):
+                k.copy_(new_k)
+                v.copy_(new_v)
+            self.unfinished = mine.unfinished
+
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
+                            cache_enabled=False):               # cached casts would not outlive the context
+            run()                                               # compile and choose algorithms
+            with torch.cuda.graph(self.graph):
+                run()

@@ -1,0 +1,230 @@
+"""Text: corpora by name, language modelling on them, and perplexity by context length.
+
+    stdlib      the running Python's own library source, as bytes: real text without a download
+    a folder    what `python -m tools.prepare` made: token ids in train.bin, val.bin, test.bin, and meta.json
+
+A task, here and in needles.py, is asked by train.py for its batch, its loss and its score on unseen text, and
+by eval.py for a table (measure).
+"""
+import json
+import math
+import sysconfig
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gca import require
+
+# Every random draw is a function of one of these, a seed, and a step or length. So a run can resume exactly,
+# and evaluation never meets what training has seen.
+TRAINING, VALIDATION, EVALUATION = 1, 2, 3
+
+
+# ---------------------------------------------------------------- tokenizers
+
+class Tokenizer(NamedTuple):
+    encode: object          # text -> token ids
+    decode_bytes: object    # token ids -> the bytes they stand for
+    vocab_size: int
+    separator: int          # between documents
+
+
+def encode_bytes(text):
+    """The byte tokenizer: text -> UTF-8 bytes as token ids 0..255."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+@lru_cache
+def load_tokenizer(name):
+    """`bytes`, or tiktoken's `gpt2`; ValueError if that cannot be had."""
+    if name == "bytes":
+        return Tokenizer(encode_bytes, bytes, 256, 0)
+    try:
+        import tiktoken
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as error:                      # of the network, in many shapes
+        raise ValueError("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
+                         "holds tiktoken's files for it, or use --tokenizer bytes") from error
+    return Tokenizer(gpt2.encode_ordinary, gpt2.decode_bytes, gpt2.n_vocab, gpt2.eot_token)
+
+
+# ---------------------------------------------------------------- corpora
+
+class Corpus(NamedTuple):
+    name: str               # as --data has it
+    train: np.ndarray       # token ids, one document after the other
+    val: np.ndarray         # of other documents
+    vocab_size: int
+    tokenizer: str = "bytes"
+    test: np.ndarray = None     # of yet others, where there are some
+
+
+def load_corpus(name):
+    """`stdlib`, or a folder that tools/prepare.py made, read as it is needed; ValueError if there is none."""
+    if name == "stdlib":
+        return stdlib_corpus()
+    folder, splits = Path(name), {}
+    require((folder / "meta.json").is_file(),
+            f"--data must be 'stdlib' or a folder that `python -m tools.prepare` made, got {name!r}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = {split: meta["splits"][split]["tokens"] for split in {"train", "val", *meta["splits"]}}
+        vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/meta.json is damaged, or tools.prepare did not make it: "
+                         "prepare the corpus again") from error
+    for split, n_token in sizes.items():
+        path = folder / f"{split}.bin"
+        require(n_token and path.is_file() and path.stat().st_size == 2 * n_token,
+                f"{path} must hold the {n_token} tokens that meta.json says: prepare it again")
+        splits[split] = np.memmap(path, np.uint16, mode="r")
+    return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, **splits)
+
+
+def stdlib_corpus():
+    """Python's library source as bytes; about one file in eight, chosen by its path, is for validation."""
+    root = Path(sysconfig.get_path("stdlib"))
+    train, val = [], []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if "-packages/" not in name:                     # site-packages and dist-packages are not the library
+            split = val if zlib.crc32(name.encode()) % 8 == 0 else train
+            split.append(path.read_bytes())
+    train, val = (np.frombuffer(b"".join(files), np.uint8) for files in (train, val))
+    return Corpus("stdlib", train, val, 256)
+
+
+def documents(text, separator):
+    """Starts and lengths of the documents in a text."""
+    ends = np.append(np.flatnonzero(text == separator), len(text))
+    starts = np.append(0, ends[:-1] + 1)
+    return starts, ends - starts
+
+
+# ---------------------------------------------------------------- windows of a corpus
+
+@lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([TRAINING, seed, epoch]).permutation(n)
+
+
+def window_batch(text, seed, first, batch, length):
+    """Sequences number first, first + 1, .. of an endless walk over the text: tokens and next tokens.
+
+    Each epoch reads every window of `length` tokens once, in an order of its own. So what a step reads is a
+    function of its number, and a resumed run goes on where it was.
+    """
+    n = (len(text) - 1) // length
+    require(n, f"--data must hold more than seq_len tokens in each split, got {len(text)} tokens "
+            f"for seq_len {length}")
+    rows = []
+    for i in range(first, first + batch):
+        epoch, window = divmod(i, n)
+        start = epoch_order(n, seed, epoch)[window] * length
+        rows.append(text[start:start + length + 1])
+    x = np.stack(rows).astype(np.int64)
+    return x[:, :-1], x[:, 1:]
+
+
+# ---------------------------------------------------------------- the task
+
+SHORT = 0.4             # share of the steps that have contexts of start_len tokens
+N_VALIDATION = 16       # sequences, always the same
+N_SCORED = 256          # tokens scored at each place of a perplexity table
+
+
+class Text:
+    """Language modelling: predict every next token."""
+
+    METRICS = ()                        # what loss() returns beside the loss
+    SCORES = ("val_loss",)
+    REPORT, TITLE = "ppl.json", "Perplexity of unseen text by context length"
+
+    def __init__(self, settings, corpus):
+        self.settings, self.corpus = settings, corpus
+
+    def lengths(self):
+        """The context lengths of training: start_len for a while, then seq_len."""
+        seq_len = self.settings["seq_len"]
+        start_len = min(self.settings["start_len"] or seq_len, seq_len)
+        return [start_len, seq_len] if start_len < seq_len else [seq_len]
+
+    def check(self, length):
+        """ValueError if the corpus cannot fill contexts of this length."""
+        for split in (self.corpus.train, self.corpus.val):
+            window_batch(split, 0, 0, 1, length)
+
+    def batch(self, step, length, size):
+        """Tokens and next tokens of step number `step`, (size, length) each."""
+        batch = window_batch(self.corpus.train, self.settings["seed"], step * size, size, length)
+        self.check_tokens(batch)
+        return batch
+
+    def check_tokens(self, batch):
+        largest, n = max(x.max() for x in batch), self.corpus.vocab_size
+        require(largest < n, f"{self.corpus.name} must hold tokens below its vocabulary's {n}, got {largest}")
+
+    def loss(self, model, tokens, labels):
+        return model.loss(tokens, labels), ()
+
+    @torch.no_grad()
+    def score(self, model, step, length, size):
+        """Mean loss of unseen text in contexts of seq_len tokens, as many at a time as in training."""
+        batch = window_batch(self.corpus.val, 0, 0, N_VALIDATION, self.settings["seq_len"])
+        self.check_tokens(batch)
+        size = min(self.settings["batch_size"], self.settings["batch_tokens"] // self.settings["seq_len"])
+        size = self.settings["micro_batch"] or max(1, size)
+        device = model.embedding.weight.device
+        tokens, labels = (torch.from_numpy(x).to(device).split(size) for x in batch)
+        losses = [model.loss(*pair) for pair in zip(tokens, labels, strict=True)]
+        return dict(val_loss=torch.stack(losses).mean().item())
+
+    def next_length(self, length, step, score):
+        return self.settings["seq_len"] if step >= SHORT * self.settings["steps"] else length
+
+    def measure(self, model, read, lengths=None, n_place=None, seed=0, split=None):
+        """Perplexity by context length, a row each: the same tokens after more or less context.
+
+        read: as eval.py's Reader; split "val" or "test", default: test where there is one.
+        """
+        text = self.corpus.val if split == "val" or self.corpus.test is None else self.corpus.test
+        n_place = n_place or (64 if model.embedding.weight.is_cuda else 8)
+        tokenizer = load_tokenizer(self.corpus.tokenizer)
+        starts, sizes = documents(text, tokenizer.separator)
+        lengths = lengths or [2 ** i for i in range(10, 17) if 2 ** i + N_SCORED <= sizes.max()] or [1]
+        where = places(starts, sizes, max(lengths), n_place, np.random.default_rng([EVALUATION, seed]))
+        n_byte = sum(len(tokenizer.decode_bytes(text[i:i + N_SCORED].tolist())) for i in where)
+        for length in lengths:
+            total = scored_loss(model, read, text, where, length)
+            loss = total / (len(where) * N_SCORED)
+            yield dict(length=length, scored=len(where) * N_SCORED, loss=loss,
+                       perplexity=math.exp(min(loss, 700)), bits_per_byte=total / math.log(2) / n_byte)
+
+
+def places(starts, sizes, longest, n_place, rng):
+    """Places (n_place,) that have `longest` tokens of their document before them, and N_SCORED after them."""
+    room = sizes - longest - N_SCORED + 1                       # places in each document
+    require(room.max() >= 1, f"--lengths must be at most {max(0, sizes.max() - N_SCORED)}: no document has "
+            f"{longest} tokens of context and the {N_SCORED} that are scored")
+    room = room.clip(min=0)
+    drawn = np.sort(rng.integers(room.sum(), size=n_place))
+    document = np.searchsorted(room.cumsum(), drawn, side="right")
+    return starts[document] + longest + drawn - (room.cumsum() - room)[document]
+
+
+def scored_loss(model, read, text, where, length):
+    """Summed cross-entropy of the N_SCORED tokens at each place, after `length` tokens of context."""
+    batch, total = min(16, read.contexts_at_once(model, length)), 0.0
+    for group in np.split(where, range(batch, len(where), batch)):
+        x = np.stack([text[i - length:i + N_SCORED] for i in group]).astype(np.int64)
+        x = torch.from_numpy(x).to(model.embedding.weight.device)
+        at = torch.zeros_like(x[:, 1:], dtype=torch.bool)
+        at[:, -N_SCORED:] = True
+        logits = read(model, x[:, :-1], at)
+        total += F.cross_entropy(logits.float(), x[:, -N_SCORED:].flatten(), reduction="sum").item()
+    return total

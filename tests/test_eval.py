@@ -1,0 +1,127 @@
+"""eval.py's commands: tables, reports and pictures, and what is refused."""
+import json
+import math
+
+import pytest
+import torch
+
+import eval as evaluation
+from fast.speed import FullAttention
+from helpers import DEVICE, command, refused
+from model import DRTConfig
+
+ON = "--device", DEVICE.type
+
+
+@pytest.fixture(scope="session")
+def run(needle_run):
+    return needle_run[0]
+
+
+def test_niah(run, capsys):
+    reports = []
+    for use_fast in ("true", "false"):
+        out = run.parent / f"{use_fast}.json"
+        measure("niah", "--ckpt", run / "ckpt.pt", "--lengths", "128,1000", "--questions", 8, "--json", out,
+                "--fast", use_fast, *ON)
+        printed = capsys.readouterr().out
+        assert "1,000" in printed and printed.startswith("fast: ")
+        reports.append(json.loads(out.read_text()))
+    rows = reports[0]["rows"]
+    assert [row["length"] for row in rows] == [128, 1000] and rows[0]["questions"] == 8
+    assert {"token_accuracy", "exact_match", "seconds", "tokens_per_second", "peak_gpu_gib"} <= set(rows[0])
+    assert {"settings", "hardware", "versions", "commit"} <= set(reports[0])
+    for row, other in zip(*(report["rows"] for report in reports), strict=True):
+        accuracy = row["token_accuracy"], other["token_accuracy"]
+        assert accuracy[0] == pytest.approx(accuracy[1], abs=13)            # one of 8 may differ
+
+
+def measure(*arguments):
+    evaluation.main([*map(str, arguments)])
+
+
+def test_ppl(run, text_run, tmp_path, capsys):
+    line = ["ppl", "--ckpt", text_run / "ckpt.pt", run / "ckpt.pt", *ON]
+    measure(*line, "--lengths", "100,400", "--places", 4, "--json", tmp_path / "ppl.json")
+    rows = json.loads((tmp_path / "ppl.json").read_text())["rows"]
+    names = [text_run.name] * 2 + [run.name] * 2
+    assert [(row["model"], row["length"]) for row in rows] == list(zip(names, [100, 400] * 2, strict=True))
+    for row in rows:                                                    # bytes: one token each
+        assert row["scored"] == 1024 and row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2))
+    measure(*line, "--lengths", 400, "--places", 4, "--retriever", "last", "--json", tmp_path / "last.json")
+    last = json.loads((tmp_path / "last.json").read_text())
+    assert last["rows"][0]["loss"] != rows[1]["loss"] and last["settings"][run.name]["retriever"] == "last"
+    error = refused(capsys, evaluation.main, "niah", "--ckpt", text_run / "ckpt.pt", *ON)
+    assert "must be of a run with --task needles" in error
+
+
+def test_speed(tmp_path, capsys):
+    out = tmp_path / "speed.json"
+    measure("speed", "--lengths", "50,1000", "--tokens", 20, "--compare", "--json", out, "--n_embd", 32,
+            "--offload", *ON)
+    rows = json.loads(out.read_text())["rows"]
+    assert "random weights" in capsys.readouterr().out
+    assert [row["length"] for row in rows] == [50] * 3 + [1000] * 3
+    assert len({row["model"] for row in rows}) == 3
+    assert all(row["read_seconds"] > 0 and row["ms_per_new_token"] > 0 for row in rows)
+    error = refused(capsys, evaluation.main, "speed", "--n_embd", 65, "--n_head", 4)
+    assert error == "error: n_embd must be a multiple of n_head, got 65 and 4\n"
+
+
+def test_full_attention_reads_and_decodes_alike():
+    model = FullAttention(DRTConfig(n_group=0, n_layer=3)).to(DEVICE)
+    tokens, cache = torch.randint(256, (1, 40), device=DEVICE), model.cache(1, 40)
+    with torch.no_grad():
+        whole = model.read(tokens, model.cache(1, 40), 0)
+        model.read(tokens[:, :39], cache, 0)
+        torch.testing.assert_close(model.read(tokens[:, 39:], cache, 39), whole, atol=1e-4, rtol=0)
+
+
+def test_sample(run, tmp_path, capsys):
+    (tmp_path / "text").write_text("import os\n" * 50)
+    line, samples = ["sample", "--ckpt", run / "ckpt.pt", "--tokens", 30, *ON], []
+    for _ in range(2):
+        measure(*line, "--file", tmp_path / "text", "--seed", 3)
+        samples.append(capsys.readouterr().out)
+    assert samples[0] == samples[1] and len(samples[0]) > 20
+    error = refused(capsys, evaluation.main, *line, "--prompt", "")
+    assert error == "error: --prompt must hold some text, got none\n"
+    error = refused(capsys, evaluation.main, *line, "--prompt", "x", "--temperature", -1)
+    assert "temperature must be at least 0" in error
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for key in ("token_accuracy", "perplexity"):
+        rows = [dict(model="a", length=2 ** i) | {key: 9.0 + i} for i in range(3)]
+        (tmp_path / "report.json").write_text(json.dumps(dict(rows=rows)))
+        measure("plot", tmp_path / "report.json", "--out", tmp_path / f"{key}.png")
+        assert (tmp_path / f"{key}.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------- what the user gets wrong
+
+@pytest.mark.parametrize("kind", ["missing", "text", "cut", "foreign"])
+def test_bad_checkpoints_get_one_line(kind, run, tmp_path, capsys):
+    path = tmp_path / "bad.pt"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "cut":
+        path.write_bytes((run / "ckpt.pt").read_bytes()[:20000])
+    elif kind == "foreign":
+        torch.save(dict(weights=torch.zeros(3)), path)
+    error = refused(capsys, evaluation.main, "niah", "--ckpt", path, "--device", "cpu")
+    assert str(path) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--lengths", "20"], ["--lengths", "many"], ["--questions", "0"],
+                                   ["--size", "3"], ["--json", "nowhere/x.json"]])
+def test_evaluation_mistakes_get_one_line(flags, run, capsys):
+    error = refused(capsys, evaluation.main, "niah", "--ckpt", run / "ckpt.pt", *ON, *flags)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "-m tools.prepare", "-m fast.bench"])
+def test_help(program):
+    assert "usage" in command(*program.split(), "--help").stdout

@@ -1,0 +1,134 @@
+"""Every fast piece of a model does what its plain twin does; apply() swaps them and says what is active."""
+import pytest
+import torch
+
+import fast
+import fast.loss
+import fast.window
+import model as plain
+import train
+from fast.window import (
+    band_blocks,
+    blockwise_attention,
+    dense_attention,
+    one_query_attention,
+    window_attention,
+)
+from helpers import DEVICE, log_of, tiny
+from model import DRT, DRTConfig, alibi_slopes, band_bias
+from test_model import attention_by_hand
+
+# ---------------------------------------------------------------- fast/window.py
+
+
+@pytest.mark.parametrize("n, past, window, heads", [
+    (50, 0, 16, (4, 4)), (50, 16, 16, (4, 2)), (33, 5, 16, (6, 3)), (16, 16, 16, (2, 1)),
+    (300, 64, 64, (3, 1)), (1, 7, 16, (4, 4)), (400, 130, 130, (2, 2)), (530, 270, 270, (2, 2))])
+def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window, heads):
+    q, (k, v) = torch.randn(2, heads[0], n, 16), torch.randn(2, 2, heads[1], n + past, 16)
+    slopes = alibi_slopes(heads[0])
+    expected = attention_by_hand(q, k, v, window, slopes)
+    arguments = [x.to(DEVICE) for x in (q, k, v)] + [window, slopes.to(DEVICE)]
+    for function in (dense_attention, window_attention) + ((blockwise_attention,) if n > window else ()):
+        torch.testing.assert_close(function(*arguments).cpu(), expected, atol=2e-5, rtol=1e-4)
+    if past <= window:                                      # the last query alone, as in generation
+        k, v = (x[:, :, -window - 1:] for x in arguments[1:3])
+        bias = band_bias(1, window + 1, window, slopes)[:, 0].to(DEVICE)
+        last = one_query_attention(arguments[0][:, :, -1:], k, v, bias)
+        torch.testing.assert_close(last.cpu(), expected[:, :, -1:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n, window, heads", [(50, 16, (4, 2)), (200, 64, (2, 2)), (20, 64, (2, 1))])
+def test_gradients_of_window_attention_are_those_of_its_twin(n, window, heads):
+    shapes = [(2, h, n, 16) for h in (heads[0], heads[1], heads[1])]
+    q, k, v = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes)
+    slopes, upstream = alibi_slopes(heads[0]).to(DEVICE), torch.randn(shapes[0], device=DEVICE)
+    results = []
+    for function in (window_attention, plain.window_attention):
+        out = function(q, k, v, window, slopes)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), upstream)))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n, past, window", [(300, 0, 64), (400, 130, 130), (1000, 512, 512), (700, 513, 513),
+                                             (600, 0, 255), (130, 70, 129)])
+def test_blocks_cover_the_band_once(n, past, window):
+    """What flex_attention reads on a GPU: masked blocks as far as the band goes, whole blocks all of it."""
+    m, blocks = n + past, band_blocks(n, n + past, window, torch.device("cpu"))
+    distance = torch.arange(past, m)[:, None] - torch.arange(m)
+    band, times_read = (distance >= 0) & (distance < window), torch.zeros(n, m, dtype=torch.int)
+    for counts, lists, whole in ((blocks.kv_num_blocks, blocks.kv_indices, False),
+                                 (blocks.full_kv_num_blocks, blocks.full_kv_indices, True)):
+        for row in range(0 if counts is None else counts.shape[-1]):
+            for block in lists[0, 0, row, :counts[0, 0, row]].tolist():
+                tile = slice(128 * row, 128 * row + 128), slice(128 * block, 128 * block + 128)
+                times_read[tile] += 1 if whole else band[tile].int()
+    assert torch.equal(times_read, band.int())
+    assert (blocks.full_kv_num_blocks is None) == (window < 255)
+
+
+# ---------------------------------------------------------------- fast/loss.py
+
+def test_the_loss_in_blocks(monkeypatch):
+    """Rows in several blocks, a vocabulary that is padded, labels that are missing: loss and gradients."""
+    monkeypatch.setattr(fast.loss, "ROWS", 70)
+    model = DRT(DRTConfig(vocab_size=301)).to(DEVICE).eval()
+    tokens, targets = torch.randint(301, (2, 2, 100), device=DEVICE)
+    targets[:, ::3] = -100
+    results = []
+    for cross_entropy in (plain.cross_entropy, fast.loss.cross_entropy):
+        model.cross_entropy = cross_entropy
+        loss = model.loss(tokens, targets)
+        results.append((loss, *torch.autograd.grad(2 * loss, list(model.parameters()))))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(tokens, targets), results[0][0].detach())
+
+
+def test_the_loss_in_blocks_is_right_or_refuses():
+    """Gradients of the weight alone; no second derivatives; no targets that torch's own loss refuses."""
+    hidden = torch.randn(1, 9, 64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(100, 64, device=DEVICE, requires_grad=True)
+    targets = torch.arange(9, device=DEVICE)[None]
+    results = [torch.autograd.grad(function(hidden.detach(), weight, targets), weight)
+               for function in (plain.cross_entropy, fast.loss.cross_entropy)]
+    torch.testing.assert_close(*results)
+    loss = fast.loss.cross_entropy(hidden, weight, targets)
+    gradient, = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+    for wrong in (-1, 100, 127, -7):
+        if DEVICE.type == "cpu":                            # on a GPU this ends the process, as torch's does
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                fast.loss.cross_entropy(hidden, weight, targets * 0 + wrong)
+
+
+# ---------------------------------------------------------------- fast.apply
+
+def test_apply_swaps_what_its_table_says():
+    model = tiny()
+    assert fast.describe(model) == "nothing, the plain files run"
+    assert fast.apply(model) is model
+    if DEVICE.type == "cuda":
+        assert "kernels, flex attention, loss in blocks" in fast.describe(model)
+    else:
+        assert fast.describe(model) == "nothing, the plain files run"
+    fast.swap(model)
+    assert model.layers[1].cross.gca is fast.gca.gca and model.cross_entropy is fast.loss.cross_entropy
+    assert model.encoder.layers[0].attention.window_attention is fast.window.window_attention
+    assert fast.describe(tiny(n_group=0)) == "nothing, the plain files run"
+
+
+@pytest.mark.parametrize("task", ["needles", "text"])
+def test_fast_true_and_false_train_alike(task, tmp_path, monkeypatch):
+    """The same losses over 20 steps in float32, with every piece swapped by force where there is no GPU."""
+    monkeypatch.setattr(train, "final_table", lambda *_: None)
+    monkeypatch.setattr(fast, "apply", lambda model, compile: fast.swap(model))
+    flags = ["--preset", "cpu", "--task", task, "--steps", "20", "--batch_size", "8", "--window", "20",
+             "--device", DEVICE.type]
+    losses = []
+    for use_fast in ("true", "false"):
+        train.main([*flags, "--fast", use_fast, "--out", str(tmp_path / use_fast)])
+        losses.append([float(row["loss"]) for row in log_of(tmp_path / use_fast)])
+    tolerance = 1e-5 if DEVICE.type == "cpu" else 0.02                             # bfloat16 there
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)

@@ -1,0 +1,108 @@
+"""Corpora: from folders and data sets to token ids, and what is said of folders that hold none."""
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import train
+from helpers import command, refused
+from tasks.needles import needle_batch
+from tasks.text import load_corpus, load_tokenizer
+from tools import prepare
+
+
+def text_of(tokens):
+    return bytes(np.array(tokens, np.uint8)).decode()
+
+
+def documents(folder, **texts):
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def test_a_folder_of_text_becomes_a_corpus(tmp_path):
+    texts = {f"book{i}": f"Book {i}, naïve. " * 200 for i in range(9)}
+    folder = documents(tmp_path / "books", **texts, latin=b"caf\xe9", binary=b"a\0b")
+    out = tmp_path / "corpus"
+    line = ["text", str(folder), "--out", str(out), "--tokenizer", "bytes"]
+    command("-m", "tools.prepare", *line)
+    corpus, meta = load_corpus(out), json.loads((out / "meta.json").read_text())
+    assert corpus.vocab_size == 256 and corpus.tokenizer == "bytes"
+    found = [text_of(tokens) for tokens in (corpus.train, corpus.val)]
+    assert sorted((found[0] + found[1]).split("\0")) == sorted(["", *texts.values()])
+    assert sum(split["skipped"] for split in meta["splits"].values()) == 2 and len(found[1]) < len(found[0])
+    written = (out / "train.bin").stat().st_mtime_ns
+    prepare.main(line)                                                             # nothing to do
+    assert (out / "train.bin").stat().st_mtime_ns == written
+    assert json.loads((out / "meta.json").read_text()) == meta
+    prepare.main([*line, "--errors", "replace"])
+    assert json.loads((out / "meta.json").read_text())["splits"]["train"]["skipped"] == 1
+    tokens, _, _ = needle_batch(load_corpus(out).train, np.random.default_rng(0), 4, 128, 16, 3, 6)
+    assert tokens.shape == (4, 128) and tokens.max() < 256
+    (out / "val.bin").write_bytes(b"xx")
+    with pytest.raises(ValueError, match="val.bin must hold the"):
+        load_corpus(out)
+
+
+def test_own_splits_are_kept(tmp_path):
+    folder = tmp_path / "books"
+    for split in ("train", "val", "test"):
+        documents(folder / split, one=f"the {split} text")
+    prepare.main(["text", str(folder), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
+    for split in ("train", "val", "test"):
+        written = (tmp_path / "out" / f"{split}.bin").read_bytes()
+        assert written.decode("utf-16-le") == f"the {split} text\0"
+
+
+def test_gpt2_tokens(tmp_path, capsys):
+    folder = documents(tmp_path / "books", a="Hello world", b="Hello again")
+    line = "text", folder, "--out", tmp_path / "out"
+    try:
+        load_tokenizer("gpt2")
+    except ValueError:
+        error = refused(capsys, prepare.main, *line)
+        assert "set TIKTOKEN_CACHE_DIR" in error and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        pytest.skip("the GPT-2 tokenizer can be neither downloaded nor found: set TIKTOKEN_CACHE_DIR")
+    prepare.main([*map(str, line)])
+    corpus = load_corpus(tmp_path / "out")
+    assert corpus.vocab_size == 50257 and corpus.tokenizer == "gpt2"
+    assert sorted([corpus.train.tolist(), corpus.val.tolist()]) == [[15496, 757, 50256], [15496, 995, 50256]]
+    error = refused(capsys, train.main, "--data", tmp_path / "out", "--out", tmp_path / "run")
+    assert "must be prepared with --tokenizer bytes" in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("texts, message", [
+    (dict(), "must hold at least two .txt files"), (dict(one="x"), "got 1"),
+    (dict(one=b"\xff", two=b"\xfe"), "must hold UTF-8 text")])
+def test_preparation_mistakes_get_one_line(texts, message, tmp_path, capsys):
+    (tmp_path / "books").mkdir()
+    folder = documents(tmp_path / "books", **texts)
+    line = "text", folder, "--out", tmp_path / "out", "--tokenizer", "bytes"
+    assert message in refused(capsys, prepare.main, *line)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_data_sets_are_read_row_by_row(tmp_path, monkeypatch):
+    """The paper's two, by a stand-in for the package that downloads them: splits, and arXiv's rows alone."""
+    asked = []
+
+    def load_dataset(path, split, streaming, data_files=None):
+        asked.append((path, split, streaming))
+        return [dict(text=f"{split} {i}", meta=json.dumps(dict(config="arxiv" if i else "books")))
+                for i in range(3)]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    prepare.prepare_dataset("pg19", tmp_path / "pg19", "bytes")
+    prepare.prepare_dataset("arxiv-math", tmp_path / "math", "bytes")
+    assert asked[:3] == [("emozilla/pg19", split, True) for split in ("train", "validation", "test")]
+    corpora = [load_corpus(tmp_path / name) for name in ("pg19", "math")]
+    assert text_of(corpora[0].val) == "validation 0\0validation 1\0validation 2\0"
+    assert text_of(corpora[1].test) == "test 1\0test 2\0"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        prepare.prepare_dataset("pg19", tmp_path / "again", "bytes")

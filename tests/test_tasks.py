@@ -1,0 +1,133 @@
+"""Batches and scores of the tasks: what lies where, and that nothing is drawn twice."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eval import Reader
+from helpers import DEVICE, command
+from model import DRT, DRTConfig
+from tasks import text as text_module
+from tasks.needles import NeedleConfig, Needles, needle_batch
+from tasks.text import Text, encode_bytes, load_corpus, window_batch
+
+
+def settings(**change):
+    """Those of a run, as far as the tasks read them."""
+    defaults = dict(vars(NeedleConfig()), chunk_size=16, seed=0, start_len=64, seq_len=128, steps=100,
+                    batch_size=4, batch_tokens=8192, micro_batch=0)
+    return defaults | change
+
+
+# ---------------------------------------------------------------- text
+
+def test_byte_tokenizer():
+    assert bytes(encode_bytes("naïve")).decode() == "naïve" and len(encode_bytes("naïve")) == 6
+
+
+def test_stdlib_splits_share_no_file():
+    corpus = load_corpus("stdlib")
+    assert len(corpus.train) > 4 * len(corpus.val) > 4e6
+    text, train = corpus.val.tobytes(), corpus.train.tobytes()
+    samples = [text[i:i + 200] for i in range(0, len(text), len(text) // 50)]
+    assert sum(sample in train for sample in samples) < len(samples) / 4       # library files copy each other
+
+
+def test_windows_are_read_once_an_epoch_whatever_the_batches():
+    text, length = np.arange(1000), 30                                  # 33 windows
+    starts = [window_batch(text, 0, i, 1, length)[0][0, 0] for i in range(99)]
+    for epoch in range(3):
+        assert sorted(starts[33 * epoch:33 * epoch + 33]) == list(range(0, 990, 30))
+    assert starts[:33] != starts[33:66]
+    tokens, labels = window_batch(text, 0, 20, 40, length)              # across an epoch's end
+    assert tokens[:, 0].tolist() == starts[20:60] and (labels == tokens + 1).all()
+    assert window_batch(text, 1, 0, 33, length)[0][:, 0].tolist() != starts[:33]
+    with pytest.raises(ValueError, match="more than seq_len tokens in each split, got 30"):
+        window_batch(text[:30], 0, 0, 1, 30)
+
+
+def test_contexts_start_short_and_then_are_long():
+    corpus = load_corpus("stdlib")
+    text, needles = Text(settings(), corpus), Needles(settings(seq_len=200), corpus)
+    assert text.lengths() == [64, 128] and needles.lengths() == [64, 128, 200]
+    assert [text.next_length(64, step, None) for step in (39, 40)] == [64, 128]
+    assert needles.next_length(64, 1, None) == needles.next_length(64, 1, dict(val_accuracy=0.89)) == 64
+    assert [needles.next_length(n, 1, dict(val_accuracy=0.9)) for n in (64, 128, 200)] == [128, 200, 200]
+    for task in (Text, Needles):
+        assert task(settings(start_len=0), corpus).lengths() == [128]
+
+
+def test_perplexity_scores_the_same_tokens_after_more_or_less_context():
+    starts, sizes = text_module.documents(np.array([1] * 500 + [0] + [1] * 900 + [0]), 0)
+    assert starts.tolist() == [0, 501, 1402] and sizes.tolist() == [500, 900, 0]
+    where = text_module.places(starts, sizes, 300, 9000, np.random.default_rng(0))
+    assert set(where) == set(range(801, 501 + 900 - 256 + 1))                  # in the second document alone
+    with pytest.raises(ValueError, match="--lengths must be at most 644"):
+        text_module.places(starts, sizes, 645, 1, np.random.default_rng(0))
+    model, text = DRT(DRTConfig()).to(DEVICE).eval(), np.random.default_rng(0).integers(256, size=2000)
+    with torch.no_grad():
+        expected = 0
+        for i in (400, 700, 1500):
+            x = torch.from_numpy(text[i - 100:i + 256]).to(DEVICE)
+            logits = model(x[None, :-1])[0][0, -256:]
+            expected += F.cross_entropy(logits, x[-256:], reduction="sum").item()
+    for use_fast in (True, False):
+        read = Reader(DEVICE, use_fast)
+        loss = text_module.scored_loss(model, read, text, np.array([400, 700, 1500]), 100)
+        assert loss == pytest.approx(expected, rel=1e-2 if DEVICE.type == "cuda" else 1e-5)       # bf16 there
+
+
+# ---------------------------------------------------------------- needles
+
+@pytest.mark.parametrize("straddle", [False, True])
+@pytest.mark.parametrize("length, chunk_size, n_needle", [(128, 16, 3), (131, 20, 3), (1000, 32, 9)])
+def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_size, n_needle):
+    text, S = np.full(5000, ord("."), np.uint8), chunk_size - 1
+    tokens, labels, is_answer = needle_batch(
+        text, np.random.default_rng(0), 20, length, chunk_size, n_needle, 6, straddle)
+    assert tokens.shape == labels.shape == is_answer.shape == (20, length)
+    assert (is_answer.sum(1) == n_needle * 6).all() and (labels[:, :-1] == tokens[:, 1:]).all()
+    for row, label, answer in zip(tokens, labels, is_answer, strict=True):
+        context, values = row.astype(np.uint8).tobytes(), label[answer].astype(np.uint8).tobytes()
+        firsts = np.flatnonzero(answer)[::6]                                       # positions of the colons
+        assert (firsts % S == 0).all() and (np.diff(firsts) == S).all()
+        for i, first in enumerate(firsts):
+            name, value = context[first - 4:first], values[6 * i:6 * i + 6]
+            assert context[first - 6:first] == b"|?" + name and len(set(value)) == 6 and min(value) >= 128
+            place = context.index(b"|" + name + b":" + value + b"|")       # exactly one, before all questions
+            assert place + 13 <= (firsts[0] // S - 1) * S and context.count(b"|" + name) == 1
+            assert straddle or place // S == (place + 12) // S
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    corpus = load_corpus("stdlib")
+    for task in (Text, Needles):
+        first, again, other_step, other_seed = (
+            task(settings(seed=seed), corpus).batch(step, 64, 4)[0] for seed, step in
+            ((0, 5), (0, 5), (0, 6), (1, 5)))
+        assert (first == again).all() and (first != other_step).any() and (first != other_seed).any()
+
+
+def test_scores_of_a_model_that_knows_the_answers():
+    """Loss, validation and table agree on what an answer is, by a model that is told it."""
+    task = Needles(settings(), load_corpus("stdlib"))
+    tokens, labels, at = (torch.from_numpy(x) for x in task.batch(0, 128, 2))
+
+    class Oracle(torch.nn.Module):
+        """Predicts every token of the batch, or only those that are no answers."""
+        def __init__(self, knows):
+            super().__init__()
+            self.knows = knows
+
+        def forward(self, tokens):
+            right = torch.where(at & (not self.knows), 0, labels)
+            return 20.0 * F.one_hot(right, 256), None
+
+    for knows in (True, False):
+        loss, (answer_loss, lm_loss, accuracy) = task.loss(Oracle(knows), tokens, labels, at)
+        assert accuracy == knows and lm_loss < 1e-5 and (answer_loss < 1e-5) == knows
+        torch.testing.assert_close(loss, answer_loss + 0.3 * lm_loss)
+
+
+def test_show_an_example():
+    assert command("-m", "tasks.needles").stdout.count("|?") == 3

@@ -1,0 +1,214 @@
+"""Training, by its functions and command line: learning, stopping, resuming, and what it refuses."""
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import train as train_module
+from helpers import DEVICE, ROOT, TEXT_FLAGS, TINY_FLAGS, command, log_of, refused, tiny
+from model import DRT
+from tools import run as run_module
+from tools.run import load_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def no_table(monkeypatch):
+    monkeypatch.setattr(train_module, "final_table", lambda *_: None)
+
+
+def train(out, *flags):
+    train_module.main(["--out", str(out), *map(str, flags)])
+    return log_of(out)
+
+
+# ---------------------------------------------------------------- learning
+
+def test_training_writes_checkpoint_log_and_table(needle_run):
+    out, printed = needle_run
+    assert printed.startswith("fast: ") and "65,536" in printed               # 1024 times the training length
+    rows = log_of(out)
+    assert [int(row["step"]) for row in rows] == list(range(1, 21))
+    for row in rows:
+        loss, answer, lm = (float(row[name]) for name in ("loss", "answer_loss", "lm_loss"))
+        assert loss == pytest.approx(answer + 0.3 * lm, rel=1e-5) and 0 < lm < 20 and 0 < answer < 20
+        assert row["seq_len"] == "64" and row["batch_size"] == "4"
+    assert 0 <= float(rows[-1]["val_accuracy"]) <= 1
+    assert {"ckpt.pt", "log.csv", "niah.json"} <= {path.name for path in out.iterdir()}
+    model, saved = load_checkpoint(out / "ckpt.pt", DEVICE)
+    assert model.config.n_embd == 16 and saved["step"] == 20 and not model.training
+
+
+def test_a_tiny_model_learns_to_retrieve(tmp_path, no_table):
+    """From chance (1 in 128) to above 90% of answer tokens; without retrieval the answers cannot be known."""
+    rows = train(tmp_path, "--preset", "cpu", "--n_needle", 1, "--seq_len", 64, "--steps", 220,
+                 "--validate_every", 20, "--device", DEVICE.type)
+    accuracy = [float(row["val_accuracy"]) for row in rows if row["val_accuracy"]]
+    assert accuracy[0] < 0.05 and accuracy[-1] > 0.9
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad, tmp_path, no_table, monkeypatch):
+    original, losses = DRT.loss, []
+
+    def loss(self, *batch):
+        losses.append(original(self, *batch))
+        return losses[-1] * (bad if len(losses) <= 5 else 1)
+
+    monkeypatch.setattr(DRT, "loss", loss)
+    flags = [*TEXT_FLAGS, "--checkpoint_every", 5, "--validate_every", 50]
+    rows = train(tmp_path, *flags, "--steps", 5)
+    assert [row["skipped"] for row in rows] == ["1.0"] * 5
+    model, saved = load_checkpoint(tmp_path / "ckpt.pt", DEVICE)
+    torch.manual_seed(0)
+    before, fresh = saved["model"], DRT(model.config).to(DEVICE).state_dict()
+    assert all(torch.equal(before[name], fresh[name]) for name in before)
+    rows = train(tmp_path / "again", *flags, "--steps", 5)
+    after = load_checkpoint(tmp_path / "again" / "ckpt.pt", DEVICE)[1]["model"]
+    assert rows[-1]["skipped"] == "0.0" and all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, no_table):
+    rows = [train(tmp_path / str(n), *TEXT_FLAGS, "--gumbel", "false", "--micro_batch", n) for n in (0, 1)]
+    tolerance = 1e-4 if DEVICE.type == "cpu" else 2e-2                             # bfloat16 there
+    for name in ("loss", "grad_norm"):
+        values = [[float(row[name]) for row in table] for table in rows]
+        assert values[0] == pytest.approx(values[1], rel=tolerance)
+
+
+def test_the_first_steps_of_a_language_model_have_short_contexts(text_run):
+    assert [row["seq_len"] for row in log_of(text_run)] == ["64"] * 16 + ["100"] * 24
+
+
+# ---------------------------------------------------------------- runs that are stopped, or shared
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_stopped_run_resumes_as_if_it_had_not_been(name, text_run, tmp_path, no_table):
+    """Whenever the signal comes: after a checkpoint at the least, which is the only thing waited for."""
+    line = [sys.executable, "train.py", "--out", tmp_path, *TEXT_FLAGS]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "ckpt.pt").exists() and process.poll() is None:
+        os.sched_yield()
+    process.send_signal(signal.Signals[name])
+    said = process.communicate(timeout=120)[0]
+    if name != "SIGKILL":
+        assert process.returncode == 0
+        assert f"Stopped by {name} after step" in said or "bits_per_byte" in said      # it was done already
+    whole, resumed = log_of(text_run), train(tmp_path, "--resume", "--device", DEVICE.type)
+    assert len(resumed) == 40
+    if DEVICE.type == "cpu":
+        assert whole == resumed
+        for name, tensor in load_checkpoint(text_run / "ckpt.pt", DEVICE)[1]["model"].items():
+            assert torch.equal(tensor, load_checkpoint(tmp_path / "ckpt.pt", DEVICE)[1]["model"][name]), name
+
+
+def test_needle_training_resumes_with_its_context_length(tmp_path, no_table, monkeypatch):
+    monkeypatch.setattr(train_module.evaluation.TASKS["needles"], "score", lambda *_: dict(val_accuracy=1.0))
+    flags = [*TINY_FLAGS, "--n_value", 1, "--steps", 40, "--validate_every", 15, "--checkpoint_every", 20]
+    whole = train(tmp_path / "whole", *flags)
+    monkeypatch.setattr(train_module, "learning_rate", fail_after(train_module.learning_rate, 30))
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "cut", *flags)
+    monkeypatch.setattr(train_module, "learning_rate", train_module.learning_rate.original)
+    cut = train(tmp_path / "cut", "--resume", "--device", DEVICE.type)
+    assert [row["seq_len"] for row in cut] == ["64"] * 15 + ["128"] * 25
+    assert whole == cut or DEVICE.type == "cuda"
+
+
+def fail_after(function, n):
+    """The function, which raises RuntimeError after n calls."""
+    calls = []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) > n:
+            raise RuntimeError("a crash")
+        return function(*arguments)
+
+    failing.original = function
+    return failing
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, no_table):
+    flags = *TEXT_FLAGS, "--device", "cpu", "--gumbel", "false"
+    command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *flags,
+            "--out", tmp_path)
+    for row, other in zip(log_of(tmp_path), train(tmp_path / "one", *flags), strict=True):
+        for name in ("loss", "grad_norm", "val_loss"):
+            if other[name]:
+                assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), (row["step"], name)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_offered(text_run, tmp_path, no_table, capsys):
+    for name in ("ckpt.pt", "ckpt.prev.pt", "log.csv"):
+        (tmp_path / name).write_bytes((text_run / name).read_bytes())
+    (tmp_path / "ckpt.pt").write_bytes((text_run / "ckpt.pt").read_bytes()[:9000])
+    error = refused(capsys, train_module.main, "--resume", "--out", tmp_path, "--device", DEVICE.type)
+    assert f"mv {tmp_path}/ckpt.prev.pt {tmp_path}/ckpt.pt" in error and "from step 35" in error
+    os.replace(tmp_path / "ckpt.prev.pt", tmp_path / "ckpt.pt")
+    assert train(tmp_path, "--resume", "--device", DEVICE.type) == log_of(text_run) or DEVICE.type == "cuda"
+
+
+def test_checkpoints_are_replaced_whole(tmp_path, monkeypatch):
+    model, path = tiny(), tmp_path / "ckpt.pt"
+    save_checkpoint(path, model, step=1)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        save_checkpoint(path, model, step=2)
+    assert load_checkpoint(path, DEVICE)[1]["step"] == 1
+
+
+# ---------------------------------------------------------------- what the user gets wrong
+
+def test_a_run_that_goes_astray_ends_with_a_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(DRT, "loss", lambda self, *_: self.embedding.weight.sum() * math.nan)
+    error = refused(capsys, train_module.main, "--out", tmp_path, *TEXT_FLAGS)
+    assert "not finite in 10 steps in a row" in error
+
+
+def test_no_room_for_checkpoints_is_found_before_the_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    error = refused(capsys, train_module.main, "--out", tmp_path / "new", *TEXT_FLAGS)
+    assert "GB free for checkpoints" in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--n_embd 65 --n_head 4", "n_embd must be a multiple of n_head, got 65 and 4"),
+    ("--top_k 0", "top_k must be at least 1, got 0"),
+    ("--chunk_size 1", "chunk_size must be at least 2, got 1"),
+    ("--chunk_size 12", "chunk_size must be at least 14 to hold a needle with a value of 6 bytes, got 12"),
+    ("--seq_len 30", "seq_len must be at least 37 for a needle and its question in chunks of 16, got 30"),
+    ("--data nowhere", "--data must be 'stdlib' or a folder that `python -m tools.prepare` made"),
+    ("--steps x", "argument --steps: invalid int value: 'x'"),
+    ("--softmax_one maybe", "argument --softmax_one: must be true or false, got 'maybe'"),
+    ("--steps 0", "--steps must be positive, got 0"),
+    ("--seed -1", "--seed must not be negative, got -1"),
+    ("--colour red", "unrecognized arguments: --colour red"),
+    ("--resume", "no checkpoint at"),
+    ("--task lm --seq_len 9000000 --batch_tokens 9000000", "--data must hold more than seq_len tokens"),
+    ("--batch_size 5 --micro_batch 2", "must be a multiple of 1 processes times --micro_batch 2"),
+    ("--micro_batch -1", "--micro_batch must not be negative, got -1"),
+] + ([] if torch.cuda.is_available() else [("--device cuda", "--device must be auto, cpu, or cuda on a")]))
+def test_training_mistakes_get_one_line(flags, message, tmp_path, capsys):
+    error = refused(capsys, train_module.main, "--preset", "cpu", "--out", tmp_path / "new", *flags.split())
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "file" in refused(capsys, train_module.main, "--preset", "cpu", "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_resume_names_the_flag_that_differs(text_run, capsys):
+    error = refused(capsys, train_module.main, "--resume", "--out", text_run, "--n_embd", 32)
+    assert error == f"error: --resume: the run in {text_run} has --n_embd 16, got 32\n"

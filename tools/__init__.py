@@ -1,0 +1,1 @@
+"""Around the lesson: corpora, what a long training run needs, pictures."""

@@ -1,0 +1,239 @@
+"""What a long training run needs around its loop: processes, signals, checkpoints, exact resume, log.csv.
+
+train.py's loop calls the methods of Run. All that is random in training is a function of seed, step and rank.
+So a checkpoint holds weights, optimizer, step and context length, and a resumed run goes on as if it had not
+stopped.
+"""
+import csv
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from fast.memory import save_atomically
+from gca import require
+from model import DRT, DRTConfig
+
+LOG_EVERY = 25             # steps between reading the metrics back from the GPU, which waits for it
+BAD_STEPS = 10             # in a row, without a finite loss and gradient: the run ends
+PEAK_FLOPS = dict(H100=989e12, H200=989e12, A100=312e12)    # dense bf16, by the vendor's data sheets
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, model, **state):
+    """Write model and state, atomically; the checkpoint that was there stays as NAME.prev.pt."""
+    path = Path(path)
+    save_atomically(path, dict(config=asdict(model.config), model=model.state_dict(), **state),
+                    path.with_suffix(f".prev{path.suffix}"))
+
+
+def load_checkpoint(path, device):
+    """A checkpoint's model, ready to read (eval mode), and all that was saved with it.
+
+    ValueError if it is not one of ours.
+    """
+    require(Path(path).is_file(), f"no checkpoint at {path}: train one with python train.py")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model = DRT(DRTConfig(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
+    except Exception as error:                  # whatever a foreign or damaged file makes torch raise
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py") from error
+    return model.eval(), state
+
+
+def load_saved(out, device):
+    """The state of the run in out; ValueError if it is damaged, which says so if there is one before it."""
+    try:
+        return load_checkpoint(out / "ckpt.pt", device)[1]
+    except ValueError as error:
+        try:
+            step = load_checkpoint(out / "ckpt.prev.pt", device)[1]["step"]
+        except ValueError:
+            raise error from None
+        raise ValueError(f"{error}; the checkpoint before it is whole: "
+                         f"mv {out}/ckpt.prev.pt {out}/ckpt.pt, then --resume from step {step}") from None
+
+
+def check_space(out, n_parameter):
+    """ValueError where there is no room for three checkpoints: the last, the one before, and a new one."""
+    needed, folder = 3 * 12 * n_parameter, out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    require(free >= needed, f"--out: {out} must have {needed / 1e9:.1f} GB free for checkpoints, "
+            f"it has {free / 1e9:.1f}")
+
+
+# ---------------------------------------------------------------- several processes
+
+class Ranks:
+    """What torchrun says of this process: number `rank` of `size`. Without it, the only one."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def mean(self, x):
+        """The mean over all processes, in place; every one of them must call it."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+    def share(self, batch):
+        """This process's rows of a batch (numpy arrays), as tensors on the device."""
+        n = len(batch[0]) // self.size
+        rows = slice(self.rank * n, (self.rank + 1) * n)
+        return [torch.from_numpy(x[rows]).to(self.device, non_blocking=True) for x in batch]
+
+    def objective(self, model, loss, find_unused):
+        """A module that computes loss(model, *batch), and averages gradients over all processes."""
+        objective = Objective(model, loss)
+        if self.size > 1:
+            objective = DistributedDataParallel(objective, find_unused_parameters=find_unused)
+        return objective
+
+
+class Objective(nn.Module):
+    """Model and loss in one, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch):
+        return self.loss(self.model, *batch)
+
+
+# ---------------------------------------------------------------- a run
+
+class Run:
+    """The folder of a run and what is written there; signals; the progress bar."""
+
+    def __init__(self, out, ranks, n_step, task, flops_per_token):
+        self.out, self.ranks, self.n_step, self.flops_per_token = out, ranks, n_step, flops_per_token
+        self.first = ranks.rank == 0            # the process that writes
+        self.metrics = ("loss", *task.METRICS, "grad_norm", "skipped")
+        self.columns = ("step", *self.metrics, "lr", "seq_len", "batch_size", "tokens_per_second", "mfu",
+                        "gpu_gib", *task.SCORES)
+        self.rows, self.values, self.bad, self.signals = [], [], 0, []
+
+    def start(self, step):
+        """Open log.csv for the row after `step` and catch signals; use as a context."""
+        self.old_handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.old_handlers[number] = signal.signal(number, self.catch)
+        path = self.out / "log.csv"
+        self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
+        self.log = csv.DictWriter(self.file, self.columns, lineterminator="\n")
+        pause = 0.1 if sys.stderr.isatty() else 30          # seconds between two states of the bar
+        self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
+                        mininterval=pause, maxinterval=pause)
+        self.since = time.perf_counter()
+        return self
+
+    def catch(self, number, frame):
+        self.signals.append(signal.Signals(number).name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        self.file.close()
+
+    def stopped(self):
+        """Whether a signal came, to any of the processes: all of them stop, or none."""
+        return self.ranks.mean(torch.tensor(float(bool(self.signals)))).item() > 0
+
+    def record(self, values, step, **numbers):
+        """A row of log.csv; values: a tensor of self.metrics, which is not waited for yet."""
+        self.values.append(values)
+        self.rows.append(dict(step=step, **numbers))
+        self.bar.update()
+        if step % LOG_EVERY == 0:
+            self.flush()
+
+    def flush(self, **scores):
+        """Wait for the metrics of all rows so far, and write them; scores go into the last row."""
+        if not self.rows:
+            return
+        values = torch.stack(self.values).tolist()
+        n_token = sum(row["seq_len"] * row["batch_size"] for row in self.rows)
+        speed = n_token / (time.perf_counter() - self.since)
+        cuda = self.ranks.device.type == "cuda"
+        gpu_gib = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
+        mfu = utilization(self.ranks.device, speed / self.ranks.size * self.flops_per_token)
+        for row, numbers in zip(self.rows, values, strict=True):
+            row.update(zip(self.metrics, numbers, strict=True))
+            row.update(tokens_per_second=speed, mfu=mfu, gpu_gib=gpu_gib)
+            self.bad = self.bad + 1 if row["skipped"] else 0
+            require(self.bad < BAD_STEPS, f"loss or gradient were not finite in {BAD_STEPS} steps in a row, "
+                    f"up to step {row['step']}; none of them changed the model: try a lower --lr")
+        self.rows[-1].update(scores)
+        self.show(self.rows[-1], scores)
+        self.log.writerows(self.rows)
+        self.file.flush()
+        self.values, self.rows, self.since = [], [], time.perf_counter()
+
+    def show(self, row, scores):
+        news = [f"loss {row['loss']:.3f}"]
+        news += [f"{name} {value:.3f} at {row['seq_len']} tokens" for name, value in scores.items()]
+        news.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        if row["mfu"]:
+            news.append(f"{row['mfu']:.0f}% MFU, {row['gpu_gib']:.0f} GiB")
+        self.bar.set_postfix_str(", ".join(news), refresh=False)
+
+    def save(self, model, optimizer, **state):
+        """A checkpoint, by the first process."""
+        self.flush()
+        if self.first:
+            save_checkpoint(self.out / "ckpt.pt", model, optimizer=optimizer.state_dict(), **state)
+
+
+def open_log(path, columns, step):
+    """log.csv, ready for the row after `step`; rows that a resumed run will write again are dropped."""
+    kept = path.read_text().splitlines()[1:step + 1] if step else []
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in [",".join(columns), *kept]))
+    os.replace(partial, path)
+    return open(path, "a", newline="")
+
+
+def seed_step(seed, step, rank):
+    """Seed the noise of a step (torch's generator), so that a resumed run draws what it would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+# ---------------------------------------------------------------- how fast
+
+def flops_per_token(config, n_matrix, seq_len):
+    """Of training: 6 for each weight of a matrix, and attention's: 12 d for each key that a token sees."""
+    keys = config.n_layer * min(config.window, seq_len)
+    if config.n_group:
+        keys += config.n_layer // 2 * config.top_k * config.chunk_size + config.n_encoder * config.chunk_size
+    return 6 * n_matrix + 12 * config.n_embd * keys
+
+
+def utilization(device, flops):
+    """Model FLOPs utilization in percent, or None where the peak is not known."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((100 * flops / peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
