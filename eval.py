@@ -170,8 +170,8 @@ def run_name(checkpoint):
 
 
 def say_what_runs(reader, model):
-    pieces = f"reads in segments, {fast.describe(fast.apply(model))}" if reader.use_fast else "nothing"
-    print(f"fast: {pieces}", flush=True)
+    pieces = ["reads in segments", fast.describe(fast.apply(model))] if reader.use_fast else ["nothing"]
+    print("fast:", ", ".join(filter(None, pieces)), flush=True)
 
 
 # ---------------------------------------------------------------- command line

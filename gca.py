@@ -56,10 +56,13 @@ def gca_reference(q, k, v, weights, indices, softmax_one=True, scale=None):
 
 def copy_retrieved(x, indices, n_head):
     """x (B, Ck, Sk, Hkv, D) -> (B, Cq, K, Sk, n_head, D): a copy of each chunk wherever it was retrieved."""
-    numbers = chunk_numbers(indices, x.shape[1]) + 1
-    x = F.pad(x.flatten(0, 1), (0, 0, 0, 0, 0, 0, 1, 0))                # number 0: zeros, for empty slots
-    x = x.index_select(0, numbers.flatten()).unflatten(0, indices.shape)
-    return x.repeat_interleave(n_head // x.shape[4], dim=4) if n_head > x.shape[4] else x
+    B, Ck, Sk, Hkv, D = x.shape
+    if Ck == 0:
+        return x.new_zeros(*indices.shape, Sk, n_head, D)
+    numbers = chunk_numbers(indices, Ck).clamp(min=0)
+    x = x.flatten(0, 1).index_select(0, numbers.flatten()).unflatten(0, indices.shape)
+    x = torch.where(indices[..., None, None, None] < 0, 0, x)           # an empty slot is a chunk of zeros
+    return x.repeat_interleave(n_head // Hkv, dim=4) if n_head > Hkv else x
 
 
 def chunk_numbers(indices, Ck):

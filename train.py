@@ -226,7 +226,7 @@ def main(argv=None):
         if config.fast:
             fast.apply(model, config.compile)
         if ranks.rank == 0:
-            print(f"fast: {fast.describe(model)}", flush=True)
+            print("fast:", fast.describe(model) or "nothing swapped, the plain files train", flush=True)
         n_matrix = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
         flops = flops_per_token(model_config, n_matrix, config.seq_len)
         run = Run(args.out, ranks, config.steps, task, flops)

@@ -49,9 +49,9 @@ def swap(model):
 
 
 def describe(model):
-    """What of the table is active in the model, in words: for the line that says what runs."""
+    """What of the table is active in the model, in words, or "": for the line that says what runs."""
     active = []
     for kind, attribute, twin, words in TABLE:
         if any(isinstance(module, kind) and getattr(module, attribute) is twin for module in model.modules()):
             active.append(words(model.config))
-    return ", ".join(active) or "nothing, the plain files run"
+    return ", ".join(active)

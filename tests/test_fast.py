@@ -107,16 +107,16 @@ def test_the_loss_in_blocks_is_right_or_refuses():
 
 def test_apply_swaps_what_its_table_says():
     model = tiny()
-    assert fast.describe(model) == "nothing, the plain files run"
+    assert fast.describe(model) == ""
     assert fast.apply(model) is model
     if DEVICE.type == "cuda":
         assert "kernels, flex attention, loss in blocks" in fast.describe(model)
     else:
-        assert fast.describe(model) == "nothing, the plain files run"
+        assert fast.describe(model) == ""
     fast.swap(model)
     assert model.layers[1].cross.gca is fast.gca.gca and model.cross_entropy is fast.loss.cross_entropy
     assert model.encoder.layers[0].attention.window_attention is fast.window.window_attention
-    assert fast.describe(tiny(n_group=0)) == "nothing, the plain files run"
+    assert fast.describe(tiny(n_group=0)) == ""
 
 
 @pytest.mark.parametrize("task", ["needles", "text"])
