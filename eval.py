@@ -22,11 +22,11 @@ from fast.speed import speed, synchronize, warm_up
 from fast.stream import segment_length
 from gca import require
 from model import DRT, RETRIEVERS, DRTConfig
-from tasks.needles import Needles
+from tasks.needles import NeedleConfig, Needles
 from tasks.text import N_SCORED, Text, load_corpus, load_tokenizer
 from tools import cli
-from tools.plot import plot
-from tools.run import load_checkpoint
+from tools.plot import plot, run_names
+from tools.run import RUN_PARTS, load_checkpoint
 
 TASKS = {"needles": Needles, "text": Text, "niah": Needles, "lm": Text}     # the last two: the paper's names
 
@@ -34,13 +34,13 @@ TASKS = {"needles": Needles, "text": Text, "niah": Needles, "lm": Text}     # th
 # ---------------------------------------------------------------- reading and measuring
 
 class Reader:
-    """How a task's table reads contexts. It also measures the time and memory that reading takes.
+    """read(model, tokens, at) -> logits at the marked positions; adds up time and tokens.
 
-    use_fast: in segments (fast/stream.py), for contexts of any length; otherwise all at once, by model.py.
+    use_fast: reads in segments (fast/stream.py), contexts of any length; otherwise all at once, by model.py.
     """
 
-    def __init__(self, device, use_fast=True):
-        self.device, self.use_fast, self.warm = device, use_fast, set()
+    def __init__(self, device, dtype=torch.float32, use_fast=True):
+        self.device, self.dtype, self.use_fast, self.warm = device, dtype, use_fast, set()
         self.reset()
 
     def reset(self):
@@ -53,13 +53,20 @@ class Reader:
         speed = self.tokens / self.seconds
         return dict(seconds=self.seconds, tokens_per_second=speed, **peak_memory(self.device))
 
+    def pieces(self, model):
+        """What reads, in words."""
+        if not self.use_fast:
+            return "nothing, reads all at once by model.py"
+        fast.apply(model)
+        return ", ".join(["reads in segments (fast/stream.py)", fast.describe(model)]).removesuffix(", ")
+
     def contexts_at_once(self, model, length):
         return max(1, segment_length(model, 1) // length)
 
     @torch.no_grad()
     def __call__(self, model, tokens, at):
         """Logits at the marked positions: tokens, at (B, n) -> (number, vocab_size)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with cli.autocast(self.device, self.dtype):
             if self.use_fast and self.device.type == "cuda" and tokens.shape not in self.warm:
                 warm_up(model, tokens)                              # compile before the clock runs
                 self.warm.add(tokens.shape)
@@ -86,6 +93,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
     n: questions or places at each length; default: the task's.
     """
     rows = []
+    print("fast:", read.pieces(next(iter(models.values()))), flush=True)
     for name, model in models.items():
         read.reset()
         table = task.measure(model, read, lengths, n, seed, **options)
@@ -99,38 +107,38 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 # ---------------------------------------------------------------- the commands
 
 def run_niah(args, device):
-    model, saved = load_checkpoint(args.ckpt, device)
+    model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
     settings = saved["settings"]
-    require(TASKS[settings["task"]] is Needles,
-            f"--ckpt must be of a run with --task needles, got --task {settings['task']}")
-    task = Needles(settings, load_corpus(settings["data"]))
-    for length in args.lengths or []:
+    require(TASKS.get(settings.get("task")) is Needles,
+            f"--ckpt must be of a run with --task needles, got --task {settings.get('task')}")
+    cli.check_types(settings, fields(NeedleConfig) + fields(DRTConfig), args.ckpt)
+    task = Needles(settings, load_corpus(args.data or settings["data"]))
+    for length in args.lengths or [settings["seq_len"]]:
         task.check(length)
-    reader = Reader(device, args.fast)
-    say_what_runs(reader, model)
-    rows = measure(task, {run_name(args.ckpt): model}, reader, args.lengths, args.questions, args.seed)
+    reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
+    names = run_names([args.ckpt])
+    rows = measure(task, {names[args.ckpt]: model}, reader, args.lengths, args.questions, args.seed)
     return settings, rows
 
 
 def run_ppl(args, device):
     models, settings, corpus = {}, {}, None
     for path in args.ckpt:
-        model, saved = load_checkpoint(path, device)
+        model, saved = load_checkpoint(path, device, RUN_PARTS)
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
         found = corpus.tokenizer, corpus.vocab_size
         require(found == (saved["tokenizer"], model.config.vocab_size),
                 f"--data must have {path}'s tokenizer {saved['tokenizer']} and vocabulary "
                 f"{model.config.vocab_size}, got {corpus.tokenizer} and {corpus.vocab_size}")
         model.config.retriever = args.retriever or model.config.retriever
-        name = run_name(path)
-        models[name], settings[name] = model, saved["settings"] | dict(retriever=model.config.retriever)
+        models[path], settings[path] = model, saved["settings"] | dict(retriever=model.config.retriever)
     require(args.split != "test" or corpus.test is not None,
             "--split must be val: the corpus has no test split")
-    reader = Reader(device, args.fast)
-    say_what_runs(reader, model)
-    rows = measure(Text(saved["settings"], corpus), models, reader, args.lengths, args.places, args.seed,
-                   split=args.split)
-    return settings, rows
+    names = run_names(args.ckpt)
+    reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
+    rows = measure(Text(saved["settings"], corpus), {names[path]: models[path] for path in models}, reader,
+                   args.lengths, args.places, args.seed, split=args.split)
+    return {names[path]: settings[path] for path in models}, rows
 
 
 def run_speed(args, device):
@@ -140,7 +148,7 @@ def run_speed(args, device):
         model, weights = load_checkpoint(args.ckpt, device)[0], f"weights of {args.ckpt}"
     else:
         model, weights = DRT(DRTConfig(**given)).to(device).eval(), "random weights"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = cli.pick_dtype(args.dtype, device)
     print(f"{cli.hardware(device)}; {weights}, {str(dtype)[6:]}; batch 1")
     model, peaks = model.to(dtype), lambda: peak_memory(device)
     rows = list(speed(model, args.lengths, args.tokens, args.offload, args.compare, args.seed, peaks))
@@ -150,28 +158,25 @@ def run_speed(args, device):
 
 def run_sample(args, device):
     """Write a continuation of the text to the terminal, token by token, as it comes."""
-    model, saved = load_checkpoint(args.ckpt, device)
-    text = args.file.read_text() if args.file else args.prompt
+    model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
+    text = read_text(args.file) if args.file else args.prompt
     require(text, f"{'--file' if args.file else '--prompt'} must hold some text, got none")
     tokenizer = load_tokenizer(saved["tokenizer"])
     tokens = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
     sampling = args.temperature, args.sample_top_k, args.sample_top_p
-    options = dict(pad=int(tokenizer.encode("\n")[0]), offload=args.offload)
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        for token in fast.generate(model, tokens[None], args.tokens, *sampling, **options):
+    with cli.autocast(device, cli.pick_dtype(args.dtype, device)):
+        for token in fast.generate(model, tokens[None], args.tokens, *sampling, offload=args.offload):
             print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
     return saved["settings"], None
 
 
-def run_name(checkpoint):
-    return checkpoint.absolute().parent.name
-
-
-def say_what_runs(reader, model):
-    pieces = ["reads in segments", fast.describe(fast.apply(model))] if reader.use_fast else ["nothing"]
-    print("fast:", ", ".join(filter(None, pieces)), flush=True)
+def read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file: {path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 # ---------------------------------------------------------------- command line
@@ -212,6 +217,7 @@ def make_parser():
     sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
     sample.add_argument("--sample_top_k", type=int, help="among the k likeliest tokens")
     sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
+    niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
     for command in (niah, ppl):
         command.add_argument("--fast", type=cli.boolean, default=True,
                              help="read in segments, with faster pieces (fast/); false: by the plain files")
@@ -223,6 +229,8 @@ def make_parser():
     for command in (niah, ppl, speed, sample):
         command.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
         command.add_argument("--device", default="auto", help="cpu or cuda; default: cuda if there is a GPU")
+        command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
+                             "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
         if command is not sample:
             command.add_argument("--json", type=Path, help="write settings, hardware and rows here")
     plot = commands.add_parser("plot", description="Draw what --json wrote (needs matplotlib).")
@@ -233,26 +241,26 @@ def make_parser():
 
 def lengths(text):
     values = [int(x.replace("_", "")) for x in text.split(",")]
-    if min(values) < 1:
+    if not 1 <= min(values) <= max(values) <= 10 ** 10:
         raise ValueError
     return values
 
 
-def main(argv):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    with cli.mistakes_in_one_line(parser):
-        if args.command == "plot":
-            return plot(args.reports, args.out)
-        require(args.seed >= 0, f"--seed must not be negative, got {args.seed}")
-        for name in ("questions", "tokens", "places"):
-            value = getattr(args, name, None)
-            require(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
-        cli.check_folder("--json", getattr(args, "json", None))
-        device = cli.pick_device(args.device)
-        torch.manual_seed(args.seed)
-        run = dict(niah=run_niah, ppl=run_ppl, speed=run_speed, sample=run_sample)[args.command]
-        settings, rows = run(args, device)
+@cli.program
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    if args.command == "plot":
+        cli.check_writable("--out", args.out)
+        return plot(args.reports, args.out)
+    require(0 <= args.seed < 2 ** 63, f"--seed must be in 0 .. 2 ** 63 - 1, got {args.seed}")
+    for name in ("questions", "tokens", "places"):
+        value = getattr(args, name, None)
+        require(value is None or 1 <= value <= 10 ** 9, f"--{name} must be in 1 .. 10 ** 9, got {value}")
+    cli.check_writable("--json", getattr(args, "json", None))
+    device = cli.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    run = dict(niah=run_niah, ppl=run_ppl, speed=run_speed, sample=run_sample)[args.command]
+    settings, rows = run(args, device)
     if rows and args.json:
         cli.save_report(args.json, settings, device, rows)
 

@@ -39,7 +39,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"       # Triton's interpret
 # ---------------------------------------------------------------- the definition
 
 def gca_reference(q, k, v, weights, indices, softmax_one=True, scale=None):
-    """GCA as the paper writes it. Arguments as for gca()."""
+    """GCA as the paper writes it; arguments and result as for gca().
+
+    In the einsums: b sequence, c query chunk, n slot, q query row, k key, h head, d width.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, weights.dtype)
     k_c = copy_retrieved(k.to(dtype), indices, q.shape[3])              # (B, Cq, K, Sk, Hq, D)
@@ -77,7 +80,7 @@ def chunk_numbers(indices, Ck):
 # FlashAttention's. The backward kernels compute the softmax again instead of storing it.
 #
 # Tiles are read through tensor descriptors. What lies outside the tensor reads as zeros and is never written.
-# So a short chunk needs no mask, and an empty slot (chunk -1) is a chunk of zeros with weight 0.
+# So an empty slot (chunk -1) is a chunk of zeros with weight 0, and short chunks are filled up with zeros.
 
 @jit
 def load_tile(X, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
@@ -92,8 +95,8 @@ def chunk_softmax(scores, scale, n_key, KEYS: tl.constexpr, ONE: tl.constexpr):
     if ONE:                                     # softmax-off-by-one: one more score, of 0
         peak = tl.maximum(tl.max(scores, 1) * scale, 0.0)
         p = tl.exp2(scores * scale - peak[:, None])
-        n_zero = KEYS - n_key                   # rows of zeros that fill the tile: each has a score of 0
-        total = tl.sum(p, 1) + (1 - n_zero) * tl.exp2(-peak)
+        n_zero = KEYS - n_key                   # zeros that fill the tile: each counts as a key of score 0 in
+        total = tl.sum(p, 1) + (1 - n_zero) * tl.exp2(-peak)        # the sum, where only one should
     else:
         scores = tl.where(tl.arange(0, KEYS)[None, :] < n_key, scores, float("-inf"))
         peak = tl.max(scores, 1) * scale
@@ -108,7 +111,7 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Sk, GROUP: tl.constexp
     """Algorithm 1. One program: one block of query rows in one head. It walks over the K retrieved chunks."""
     c = tl.program_id(0)                        # query chunk
     row = tl.program_id(1) * ROWS
-    h = tl.program_id(2)                        # comes last: programs that share keys run at the same time
+    h = tl.program_id(2)                        # slowest: programs that run together share the keys of a head
     slots = c.to(tl.int64) * n_slot
 
     q = load_tile(Q, c, row, h, ROWS, D)
@@ -130,9 +133,9 @@ def backward_tile(q, k, v, do, w, scale, n_key, KEYS: tl.constexpr, ONE: tl.cons
     """Algorithm 2 for one block of rows and one chunk c: w_c P_c, dS_c (ROWS, KEYS) and delta_c (ROWS,)."""
     p, inverse = chunk_softmax(tl.dot(q, k.T, input_precision=DOT), scale, n_key, KEYS, ONE)
     dp = tl.dot(do, v.T, input_precision=DOT)
-    delta = tl.sum(p * dp, 1) * inverse                                         # rowsum(dO * o_c)
-    p *= (w * inverse)[:, None]
-    return p, p * (dp - delta[:, None]), delta
+    delta = tl.sum(p * dp, 1) * inverse                             # sum_j P_cj (dO . v_j) = rowsum(dO * o_c)
+    wp = p * (w * inverse)[:, None]
+    return wp, wp * (dp - delta[:, None]), delta
 
 
 @jit
@@ -180,10 +183,10 @@ def backward_kv_kernel(Q, K, V, DO, W, Pairs, Offsets, DK, DV, scale, Sq, Sk, SL
                 w = tl.load(W + pair)
                 q = load_tile(Q, (pair // SLOTS).to(tl.int32), row, head, ROWS, D)
                 do = load_tile(DO, (pair // SLOTS).to(tl.int32), row, head, ROWS, D)
-                p, ds, _ = backward_tile(q, k, v, do, w, scale, Sk, KEYS, ONE, DOT)
-                p_t = p.to(do.dtype).T                                          # (KEYS, ROWS)
+                wp, ds, _ = backward_tile(q, k, v, do, w, scale, Sk, KEYS, ONE, DOT)
+                wp_t = wp.to(do.dtype).T                                        # (KEYS, ROWS)
                 ds_t = ds.to(q.dtype).T
-                dv += tl.dot(p_t, do, input_precision=DOT)
+                dv += tl.dot(wp_t, do, input_precision=DOT)
                 dk += tl.dot(ds_t, q, input_precision=DOT)
     DK.store([chunk, 0, h * D], (dk * scale).to(DK.dtype).reshape(1, KEYS, D))
     DV.store([chunk, 0, h * D], dv.to(DV.dtype).reshape(1, KEYS, D))
@@ -191,8 +194,10 @@ def backward_kv_kernel(Q, K, V, DO, W, Pairs, Offsets, DK, DV, scale, Sq, Sk, SL
 
 # ---------------------------------------------------------------- launching them, as a PyTorch op
 
-def kernel_fits(q, k):
-    """float32, bfloat16 or float16; D 16, 32, .. 256; at most 128 keys a chunk, and 64 KiB of keys a head"""
+KERNEL_LIMITS = "float32, bfloat16 or float16, with D 16, 32, .. 256, at most 128 keys a chunk, 64 KiB a head"
+
+
+def kernel_fits(q, k):              # whether the kernels take them
     n_key, D = k.shape[2], k.shape[4]
     return (triton is not None and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and D in (16, 32, 64, 128, 256) and n_key <= 128
@@ -200,7 +205,7 @@ def kernel_fits(q, k):
 
 
 def launch_options(q, k, softmax_one):
-    """Tiles of all keys of a chunk and 64 query rows, or fewer where tiles are large; how to compile them."""
+    """The kernels' compile-time arguments: tiles of all keys and 64 query rows, or fewer if large."""
     D, exact = q.shape[4], q.dtype == torch.float32
     keys = max(16, triton.next_power_of_2(k.shape[2]))
     tile_bytes = keys * D * k.element_size()
@@ -300,11 +305,13 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
     indices  (B, Cq, K) int        retrieved chunks, repeats allowed; -1 is an empty slot, which adds nothing
     softmax_one                    softmax-off-by-one: 1 + sum in the denominator, so a row may take nothing
     scale                          of the scores, positive; default D ** -0.5
-    backend                        "reference", "triton", or "auto": Triton on a GPU, for what it takes
+    backend                        "reference", "triton", "fast" (once fast is imported), or "auto": Triton on
+                                   a GPU for what it takes, otherwise the reference
     returns  (B, Cq, Sq, Hq, D)    in q's dtype, differentiable in q, k, v and weights
 
     Under autocast, q, k and v are cast to its dtype, as in torch's own attention. Raises ValueError, which
-    names the argument, for what does not fit, and RuntimeError where the backend cannot run.
+    names the argument, for what does not fit, and RuntimeError where the backend cannot run. On a GPU indices
+    are checked only if GCA_CHECK_INDICES=1 is set, because the check has to wait for the GPU.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -317,7 +324,7 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
     if triton is None or not (q.is_cuda or INTERPRET):
         raise RuntimeError(f"backend {backend!r} needs Triton (Linux: pip install triton) and a GPU, or "
                            f"TRITON_INTERPRET=1; q is on {q.device}")
-    require(kernel_fits(q, k), f"q, k and v for backend {backend!r} must be {kernel_fits.__doc__}; "
+    require(kernel_fits(q, k), f"q, k and v for backend {backend!r} must be {KERNEL_LIMITS}; "
             f"got {q.dtype}, D {q.shape[4]}, {k.shape[2]} keys")
     dtype = q.dtype
     if INTERPRET and dtype == torch.bfloat16:                   # the interpreter cannot multiply bfloat16
@@ -345,7 +352,7 @@ def check_arguments(tensors, scale, backend):
         require(x.device == q.device, f"{name} must be on q's device {q.device}, got {x.device}")
     Hq, Hkv, Ck = sizes["Hq"], sizes["Hkv"], sizes["Ck"]
     require(Hkv and Hq % Hkv == 0, f"k must have a number of heads that divides q's {Hq}, got {Hkv}")
-    on_cpu = not q.is_cuda and not torch.compiler.is_compiling()            # on a GPU, looking costs a wait
+    on_cpu = not q.is_cuda and not torch.compiler.is_compiling()
     if (on_cpu or os.environ.get("GCA_CHECK_INDICES") == "1") and indices.numel():
         for i in indices.aminmax():
             require(-1 <= i < Ck, f"indices must be in [0, {Ck}), or -1 for an empty slot, got {i}")

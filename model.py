@@ -47,8 +47,9 @@ class DRTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         for name, least in dict(vocab_size=2, n_layer=1, n_group=0, n_encoder=0, n_head=1, n_kv_head=1,
                                 n_embd=1, chunk_size=2, top_k=1, window=1).items():
-            require(getattr(self, name) >= least,
-                    f"{name} must be at least {least}, got {getattr(self, name)}")
+            value, most = getattr(self, name), 1000 if name in ("n_layer", "n_encoder") else 10 ** 7
+            require(value >= least, f"{name} must be at least {least}, got {value}")
+            require(value <= most, f"{name} must be at most {most}, got {value}")
         d, H, Hkv = self.n_embd, self.n_head, self.n_kv_head
         require(d % H == 0, f"n_embd must be a multiple of n_head, got {d} and {H}")
         require(H % Hkv == 0, f"n_kv_head must be a divisor of n_head {H}, got {Hkv}")
@@ -83,16 +84,16 @@ def window_attention(q, k, v, window, slopes):
     Each block of W queries attends to its own block of keys and the one before: exact, and linear in N.
     """
     B, _, N, _ = q.shape
-    bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
     n = min(N, window)                                      # the first block has no block before it
-    first = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n],
-                                           bias[:, :n, window:window + n], enable_gqa=True)
+    bias = band_bias(n, n, window, slopes).to(q.dtype)                          # (H, n, n)
+    first = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], bias, enable_gqa=True)
     if N <= window:
         return first
 
     def blocks(x):                           # (B, H, n * W, D) -> (B * n, H, W, D)
         return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
 
+    bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
     q, k, v = (F.pad(x, (0, 0, 0, -N % window)) for x in (q, k, v))             # to whole blocks
     k, v = (torch.cat([blocks(x[:, :, :-window]), blocks(x[:, :, window:])], dim=2) for x in (k, v))
     rest = F.scaled_dot_product_attention(blocks(q[:, :, window:]), k, v, bias, enable_gqa=True)
@@ -179,7 +180,10 @@ class Block(nn.Module):
 
 
 class ChunkEncoder(nn.Module):
-    """Bidirectional layers inside each chunk, no positions. The landmark's output is the chunk's key l_c."""
+    """Bidirectional layers inside each chunk, no positions. The landmark's output is the chunk's key l_c.
+
+    It uses the parts of a Block with bidirectional attention in place of the window.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -221,8 +225,8 @@ def retrieve(query, landmarks, top_k, explore=False, retriever="learned"):
     if retriever != "learned":
         scores = torch.zeros_like(scores)                   # so that all weigh the same
     ranking = scores.detach() + chunk if retriever == "last" else scores.detach()
-    if retriever == "random" or explore and retriever == "learned":
-        ranking = ranking - torch.empty_like(ranking).exponential_().log()      # Gumbel noise
+    if retriever == "random" or (explore and retriever == "learned"):
+        ranking = ranking - torch.empty_like(ranking).exponential_().log()      # plus Gumbel noise
     ranking = ranking.masked_fill(chunk >= chunk[:, None], float("-inf"))
     best, indices = ranking.topk(min(top_k, C), dim=-1)
     empty = best == float("-inf")                           # fewer than K chunks are earlier
@@ -299,10 +303,11 @@ class DRT(nn.Module):
         """What each chunk attends to, found by the landmark *before* it: weights and indices (B, C, K)."""
         query = self.query_norms[group](self.complete_chunks(x)[:, :, -1])
         n_chunk = math.ceil(x.shape[1] / self.config.chunk_size)
-        explore = self.config.gumbel and self.training and torch.is_grad_enabled()
+        explore = self.config.gumbel and self.training and torch.is_grad_enabled()      # not in validation
         with torch.autocast(x.device.type, enabled=False):                      # ranking needs full precision
             weights, indices = retrieve(query, landmarks, self.config.top_k, explore, self.config.retriever)
-        weights = F.pad(weights, (0, 0, 1, 0))[:, :n_chunk]                     # chunk 0 gets nothing
+        # Shifted by one chunk: chunk 0 gets nothing, and nobody gets what the last landmark found.
+        weights = F.pad(weights, (0, 0, 1, 0))[:, :n_chunk]
         return weights, F.pad(indices, (0, 0, 1, 0), value=-1)[:, :n_chunk]
 
     def insert_landmarks(self, x):           # (B, T, d) -> (B, N, d): one behind every S - 1 text tokens
@@ -311,7 +316,7 @@ class DRT(nn.Module):
         landmark = self.landmark.to(x.dtype).expand(*x.shape[:2], 1, -1)
         return torch.cat([x, landmark], dim=2).flatten(1, 2)[:, :T + T // n_text]
 
-    def remove_landmarks(self, x, T):        # (B, N, d) -> (B, T, d)
+    def remove_landmarks(self, x, T):        # (B, N, d) -> (B, T, d): landmarks predict nothing
         return to_chunks(x, self.config.chunk_size)[:, :, :-1].flatten(1, 2)[:, :T]
 
     def complete_chunks(self, x):            # (B, N, d) -> (B, number of complete chunks, S, d)

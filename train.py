@@ -11,6 +11,7 @@ Writes to --out: ckpt.pt, and the one before it, ckpt.prev.pt; log.csv, one row 
 with, niah.json or ppl.json. A run that was stopped goes on with --resume, exactly as if it had not been.
 """
 import math
+import signal
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +26,17 @@ from model import DRT, DRTConfig
 from tasks.needles import NeedleConfig
 from tasks.text import load_corpus, load_tokenizer
 from tools import cli
-from tools.run import Ranks, Run, check_space, flops_per_token, load_checkpoint, load_saved, seed_step
+from tools.run import (
+    Ranks,
+    Run,
+    check_space,
+    flops_per_token,
+    load_checkpoint,
+    load_run,
+    prepare_folder,
+    seed_step,
+    shapes,
+)
 
 
 @dataclass
@@ -34,8 +45,8 @@ class TrainConfig:
     data: str = "stdlib"            # the text: stdlib, or a folder that tools.prepare made
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
-    batch_size: int = 64            # contexts in a batch, of all GPUs together, and at most ..
-    batch_tokens: int = 8192        # .. this many tokens
+    batch_size: int = 64            # contexts in a batch, over all GPUs
+    batch_tokens: int = 8192        # most tokens in a batch: long contexts come in smaller batches
     micro_batch: int = 0            # contexts that a GPU takes at once, their gradients added up; 0: all
     steps: int = 480
     lr: float = 4e-3                # peak learning rate
@@ -45,6 +56,7 @@ class TrainConfig:
     seed: int = 0                   # of the initial weights and of the data
     fast: bool = True               # swap pieces for faster ones (fast/); false: the plain files alone
     compile: bool = False           # torch.compile each layer: most of a minute to start, then faster
+    dtype: str = "auto"             # to compute in; auto: bfloat16 or float16 on a GPU, float32 on a CPU
     validate_every: int = 25        # steps between looks at unseen text, after which the context may grow
     checkpoint_every: int = 500     # steps between checkpoints; one is always written at the end
 
@@ -68,7 +80,10 @@ PRESETS = {
 # ---------------------------------------------------------------- the loop
 
 def train(config, model, task, run, saved):
-    """Draw a batch, forward, backward, step, log, look at unseen text, save. Returns the steps done."""
+    """Draw a batch, forward, backward, step, log, look at unseen text, save. Returns the steps done.
+
+    objective(*batch) is task.loss(model, *batch), whose gradients are averaged over the processes.
+    """
     ranks, device = run.ranks, run.ranks.device
     optimizer = make_optimizer(model, config)
     step, length = 0, task.lengths()[0]
@@ -76,37 +91,45 @@ def train(config, model, task, run, saved):
         optimizer.load_state_dict(saved["optimizer"])
         step, length = saved["step"], saved["length"]
     objective = ranks.objective(model, task.loss, find_unused=model.config.retriever != "learned")
+    dtype = cli.pick_dtype(config.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     done, stopped = step == config.steps, False
     with run.start(step):
         while not (done or stopped):
             n_context = contexts_in_batch(config, length)
             batch = ranks.share(task.batch(step, length, n_context))    # tokens, labels, .. (context, length)
-            micro_batches = list(zip(*(x.split(config.micro_batch or n_context) for x in batch), strict=True))
-            seed_step(config.seed, step, ranks.rank)                    # of retrieval's noise
+            size = config.micro_batch or len(batch[0])
+            starts = range(0, len(batch[0]), size)
+            seed_step(config.seed, step, ranks.rank)                    # the noise of retrieval is repeatable
             metrics = 0
-            for i, micro_batch in enumerate(micro_batches):
-                objective.require_backward_grad_sync = i == len(micro_batches) - 1     # gradients travel once
-                with autocast(device):
+            for i in starts:
+                objective.require_backward_grad_sync = i == starts[-1]  # gradients travel once
+                micro_batch = [x[i:i + size] for x in batch]
+                with cli.autocast(device, dtype):
                     loss, numbers = objective(*micro_batch)
-                (loss / len(micro_batches)).backward()
-                metrics = metrics + torch.stack([loss, *numbers]).detach() / len(micro_batches)
-            metrics = ranks.mean(metrics)
+                scaler.scale(loss / len(starts)).backward()
+                metrics = metrics + torch.stack([loss, *numbers]).detach() / len(starts)
+            metrics = ranks.mean(metrics)                               # the loss and the task's METRICS
 
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             skipped = (~(grad_norm + metrics[0]).isfinite()).float()
             optimizer.found_inf = skipped                               # tells the fused step to do nothing
             optimizer.step()
+            scaler.update()
             optimizer.zero_grad()
             step += 1
 
             run.record(torch.cat([metrics, torch.stack([grad_norm.detach(), skipped])]), step,
                        lr=lr, seq_len=length, batch_size=n_context)
-            done, stopped, score = step == config.steps, run.stopped(), None
+            done = step == config.steps
+            stopped = run.stopped()
+            score = None
             if step % config.validate_every == 0 or done:
-                with autocast(device):
+                with cli.autocast(device, dtype):
                     score = task.score(model, step, length, n_context)
                 run.flush(**score)
             length = task.next_length(length, step, score)
@@ -118,10 +141,6 @@ def train(config, model, task, run, saved):
 
 def contexts_in_batch(config, length):
     return max(1, min(config.batch_size, config.batch_tokens // length))
-
-
-def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def learning_rate(step, config):
@@ -155,7 +174,7 @@ def make_parser():
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
         if len(set(values.values())) > 1:
             helps[field.name] = "default: " + ", ".join(f"{value} ({name})" for name, value in values.items())
-    choices = dict(task=[*evaluation.TASKS], needle=["multi", "single"])
+    choices = dict(task=[*evaluation.TASKS], needle=["multi", "single"], dtype=["auto", *cli.DTYPES])
     parser.add_fields(FIELDS, choices, helps)
     return parser
 
@@ -180,15 +199,24 @@ def pick(config_class, chosen, **others):
     return config_class(**{name: chosen[name] for name in names}, **others)
 
 
+POSITIVE = dict(batch_size=10 ** 6, batch_tokens=10 ** 9, steps=10 ** 9, lr=100, warmup=10 ** 9, grow_at=1,
+                validate_every=10 ** 9, checkpoint_every=10 ** 9, seq_len=10 ** 9)          # and at most this
+NOT_NEGATIVE = dict(seed=2 ** 63 - 1, start_len=10 ** 9, micro_batch=10 ** 6, final_lr=1, weight_decay=100,
+                    lm_weight=1000)
+
+
+def check_ranges(chosen):
+    """ValueError for a number out of its range; nan and inf are in none."""
+    for name, most in POSITIVE.items():
+        require(chosen[name] > 0, f"--{name} must be positive, got {chosen[name]}")
+        require(chosen[name] <= most, f"--{name} must be at most {most}, got {chosen[name]}")
+    for name, most in NOT_NEGATIVE.items():
+        require(chosen[name] >= 0, f"--{name} must not be negative, got {chosen[name]}")
+        require(chosen[name] <= most, f"--{name} must be at most {most}, got {chosen[name]}")
+
+
 def check(config, task, n_rank):
-    """ValueError for training settings that cannot work."""
-    for name in ("batch_size", "batch_tokens", "steps", "lr", "warmup", "validate_every", "checkpoint_every",
-                 "seq_len"):
-        value = getattr(config, name)
-        require(value > 0, f"--{name} must be positive, got {value}")
-    for name in ("seed", "start_len", "micro_batch", "final_lr", "weight_decay"):
-        value = getattr(config, name)
-        require(value >= 0, f"--{name} must not be negative, got {value}")
+    """ValueError for training settings that do not fit the task or the processes."""
     for length in task.lengths():
         n_context, micro_batch = contexts_in_batch(config, length), config.micro_batch or 1
         require(n_context % (n_rank * micro_batch) == 0,
@@ -200,51 +228,53 @@ def check(config, task, n_rank):
 
 # ---------------------------------------------------------------- from the command line to the final table
 
+@cli.program
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    with cli.mistakes_in_one_line(parser):
-        device = cli.pick_device(args.device)
-        ranks = Ranks(device)
-        saved = load_saved(args.out, device) if args.resume else None
-        chosen = settings(args, device, saved)
-        corpus = load_corpus(chosen["data"])
-        require(not saved or corpus.tokenizer == saved["tokenizer"],
-                f"--resume: the run in {args.out} has tokens of {saved and saved['tokenizer']}, "
-                f"got {corpus.tokenizer} in {chosen['data']}")
-        config = pick(TrainConfig, chosen)
-        model_config = pick(DRTConfig, chosen, vocab_size=corpus.vocab_size)
-        task = evaluation.TASKS[config.task](chosen, corpus)
-        check(config, task, ranks.size)
+    args = make_parser().parse_args(argv)
+    device = cli.pick_device(args.device)
+    ranks = Ranks(device)
+    saved = load_run(args.out, device) if args.resume else None
+    chosen = settings(args, device, saved)
+    check_ranges(chosen)
+    corpus = load_corpus(chosen["data"])
+    require(not saved or corpus.tokenizer == saved["tokenizer"],
+            f"--resume: the run in {args.out} has tokens of {saved and saved['tokenizer']}, "
+            f"got {corpus.tokenizer} in {chosen['data']}")
+    config = pick(TrainConfig, chosen)
+    model_config = pick(DRTConfig, chosen, vocab_size=corpus.vocab_size)
+    task = evaluation.TASKS[config.task](chosen, corpus)
+    check(config, task, ranks.size)
+    check_space(args.out, sum(shape.numel() for shape in shapes(model_config).values()))
 
-        torch.manual_seed(config.seed)
-        model = DRT(model_config).to(device).train()
-        if saved:
-            model.load_state_dict(saved["model"])
-        check_space(args.out, sum(p.numel() for p in model.parameters()))
-        args.out.mkdir(parents=True, exist_ok=True)
-        if config.fast:
-            fast.apply(model, config.compile)
-        if ranks.rank == 0:
-            print("fast:", fast.describe(model) or "nothing swapped, the plain files train", flush=True)
-        n_matrix = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
-        flops = flops_per_token(model_config, n_matrix, config.seq_len)
-        run = Run(args.out, ranks, config.steps, task, flops)
-        step = train(config, model, task, run, saved)
+    torch.manual_seed(config.seed)
+    model = DRT(model_config).to(device).train()
+    if saved:
+        model.load_state_dict(saved["model"])
+    if config.fast:
+        fast.apply(model, config.compile)
+    n_matrix = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    run = Run(args.out, ranks, config.steps, task, flops_per_token(model_config, n_matrix, config.seq_len))
+    if ranks.rank == 0:
+        lock = prepare_folder(args.out, args.resume)
+        print("fast:", fast.describe(model) or "nothing swapped, the plain files train", flush=True)
+    step = train(config, model, task, run, saved)
     if ranks.size > 1:
         dist.destroy_process_group()
+    if step < config.steps:
+        name = run.signal.name if run.signal else "a signal to another process"
+        print(f"\nStopped by {name} after step {step}; go on with --resume --out {args.out}", flush=True)
+        sys.exit(128 + (run.signal or signal.SIGTERM))
     if ranks.rank == 0:
-        if step < config.steps:
-            signal = (run.signals or ["a signal to another process"])[0]
-            return print(f"\nStopped by {signal} after step {step}; go on with --resume --out {args.out}")
-        final_table(args.out, task, device, config.fast)
+        lock.close()
+        final_table(args.out, task, device, config)
 
 
-def final_table(out, task, device, use_fast):
+def final_table(out, task, device, config):
     """What the checkpoint can do, on the terminal and in niah.json or ppl.json."""
     model, saved = load_checkpoint(out / "ckpt.pt", device)
     print(f"\n{task.TITLE} ({cli.hardware(device)}):")
-    rows = evaluation.measure(task, {out.absolute().name: model}, evaluation.Reader(device, use_fast))
+    read = evaluation.Reader(device, cli.pick_dtype(config.dtype, device), config.fast)
+    rows = evaluation.measure(task, {out.absolute().name: model}, read)
     cli.save_report(out / task.REPORT, saved["settings"], device, rows)
 
 

@@ -1,4 +1,4 @@
-"""The same results, faster. The plain files never import this package: it makes a model faster from outside.
+"""The same results, faster. gca.py, model.py and tasks/ never import this package: it works from outside.
 
     model = apply(model)                    swaps pieces of a model that exists, by the table below
     memory = Memory(model)                  what reading leaves behind (memory.py)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fast.gca  # noqa: F401 (it adds the backend "fast")
-from gca import copy_retrieved, gca, gca_reference, triton
+from gca import copy_retrieved, gca, gca_reference, require, triton
 from tools import cli
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -192,16 +192,16 @@ def plot(sweeps, path):
     figure.savefig(path, dpi=150)
 
 
+@cli.program
 def main(argv=None):
     parser = cli.Parser(description="Check FlashGCA against the reference; on a GPU, time it.")
     parser.add_argument("--json", type=Path, help="write the benchmark's rows to this file")
     parser.add_argument("--plot", type=Path, help="draw time by K and by length instead (needs matplotlib)")
     args = parser.parse_args(argv)
-    with cli.mistakes_in_one_line(parser):
-        cli.check_folder("--json", args.json)
-        cli.check_folder("--plot", args.plot)
-        if args.plot and not importlib.util.find_spec("matplotlib"):
-            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    cli.check_writable("--json", args.json)
+    cli.check_writable("--plot", args.plot)
+    require(not args.plot or importlib.util.find_spec("matplotlib"),
+            "--plot needs matplotlib: pip install matplotlib")
     if triton is None or not torch.cuda.is_available():
         return print("Nothing can be timed without a GPU. `python gca.py` checks the kernels on any machine.")
     device = torch.device("cuda")

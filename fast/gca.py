@@ -186,10 +186,10 @@ def backward_kv_kernel(Q, K, V, DO, W, DK, DV, PieceK, PieceV, Pairs, Offsets, I
             head = h * GROUP + step % GROUP
             q = load_tile(Q, c, row, head, ROWS, D)
             do = load_tile(DO, c, row, head, ROWS, D)
-            p, ds, _ = backward_tile(q, k, v, do, w, scale, Sk, KEYS, ONE, DOT)
-            p, ds = p.to(do.dtype).T, ds.to(q.dtype).T                  # both before either product
-            dv += tl.dot(p, do, input_precision=DOT)
-            dk += tl.dot(ds, q, input_precision=DOT)
+            wp, ds, _ = backward_tile(q, k, v, do, w, scale, Sk, KEYS, ONE, DOT)
+            wp_t, ds_t = wp.to(do.dtype).T, ds.to(q.dtype).T            # both before either product
+            dv += tl.dot(wp_t, do, input_precision=DOT)
+            dk += tl.dot(ds_t, q, input_precision=DOT)
         if item < n_piece:
             store_tile(PieceK, b * n_piece + item, 0, h, dk * scale, KEYS, D)
             store_tile(PieceV, b * n_piece + item, 0, h, dv, KEYS, D)

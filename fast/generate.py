@@ -14,7 +14,7 @@ from fast.stream import read, read_segment
 from gca import require
 
 
-def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), pad=0,
+def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), pad=None,
              memory=None, offload=False):
     """Yield the tokens that follow each prompt, (B,) at a time; -1 for a sequence that has ended.
 
@@ -26,9 +26,11 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     offload         as in Memory, where memory is None
 
     A prompt is padded on the left, with token `pad`, so that its last token opens a chunk. All of a question
-    then lies in chunks whose landmarks have retrieved when the first new token is predicted. Raises
-    ValueError, which names the argument, before anything is generated.
+    then lies in chunks whose landmarks have retrieved when the first new token is predicted. pad: default a
+    newline of the tokenizer, for a model from a checkpoint; otherwise 0. Raises ValueError, which names the
+    argument, before anything is generated.
     """
+    pad = getattr(model, "newline", 0) if pad is None else pad
     device = model.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
     check_generation(prompts, model.config.vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad)
@@ -127,7 +129,7 @@ class GraphedStep:
     def __call__(self, token, memory):
         """token (B, 1) -> logits (B, vocab_size), as read() would give."""
         served = [memory.serve(g, indices) for g, (_, indices) in enumerate(memory.serving)]
-        addresses = [x.data_ptr() for pages, _, _ in served for page in pages for x in page]
+        addresses = [(k.data_ptr(), v.data_ptr()) for pages, _, _ in served for k, v, _ in pages]
         if self.graph is None or addresses != self.addresses:   # pages have moved since it was recorded
             self.addresses = addresses
             self.record(memory, served)

@@ -10,7 +10,6 @@ the chunks grow: landmarks, and keys and values. GCA reads the K chunks retrieve
 values can stay in CPU memory, whatever the length: K chunks travel to the GPU for each chunk that is read.
 """
 import copy
-import os
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fast.files import Damaged, atomic_file, load_saved
 from gca import jit, require, triton
 from model import alibi_slopes, band_bias
 
@@ -101,9 +101,9 @@ class Page:
                 new.record_stream(copy_stream(new.device))
         self.used = stop
 
-    def closed(self):
-        """The same chunks without room for more."""
-        return Page([x[:, :self.used] for x in self.tensors], self.used)
+    def filled(self):
+        """The chunks that are there: landmarks, keys and values."""
+        return [x[:, :self.used] for x in self.tensors]
 
 
 class ChunkCache:
@@ -222,36 +222,41 @@ class Memory:
         """A new last page, so that reading n chunks takes O(n) time in all.
 
         On the model's device, the chunks of an outgrown page move to one of twice the size: GCA is then one
-        call. Pages in CPU memory stay where they are, and get company.
+        call. Pages in CPU memory stay where they are, and get company. Of pages shared with other memories,
+        small ones at the end are copied: so a conversation of many forks has few pages.
         """
-        outgrown, total = None, self.chunks
-        if self.cache and self.is_own:
-            self.pages[-1] = self.pages[-1].closed()
-        elif self.is_own:
-            outgrown = self.pages.pop()
-            n_new += outgrown.used
+        moved, total = [], self.chunks
+        if self.is_own and not self.cache:
+            moved = [self.pages.pop()]
+            n_new += moved[0].used
+        while not self.is_own and self.pages and self.pages[-1].used <= n_new:
+            moved.insert(0, self.pages.pop())
+            n_new += moved[0].used
         room = 2 * n_new
         if self.capacity and not self.pages:
             room = max(n_new, self.capacity // (self.model.config.chunk_size - 1))
         if self.cache:
             room = max(n_new, min(max(room, total), PINNED_BYTES // tensors[1][0, :1].nbytes if n_new else 0))
         new = Page.like(tensors, room, self.cache is not None)
-        if outgrown:
-            new.write(outgrown.closed().tensors)
+        if moved and self.cache and self.device.type == "cuda":
+            copy_stream(self.device).synchronize()              # chunks may still be on their way
+        for page in moved:
+            new.write(page.filled())
         self.pages, self.is_own = [*self.pages, new], True
 
     def serve(self, g, indices):
         """Where GCA finds the chunks that group g retrieved, indices (B, n, K).
 
-        Returns pages of (k, v), the indices as they count there, and a CUDA event to wait for, or None.
+        Returns pages of (k, v, chunks used), the indices as they count there, and a CUDA event to wait for,
+        or None.
         """
         if not self.cache:
-            return [page.tensors[1:] for page in self.pages], indices, None
+            return [(*page.tensors[1:], page.used) for page in self.pages], indices, None
         known, generation, served = self.served.get(g, (None, None, None))
         if known is not indices or generation != self.cache.generation:        # not the same as a token ago
             slots = self.cache.fetch(self.pages, indices)
             event = copy_stream(self.device).record_event() if self.device.type == "cuda" else None
-            served = [(self.cache.k, self.cache.v)], slots, event
+            served = [(self.cache.k, self.cache.v, self.cache.k.shape[1])], slots, event
             self.served[g] = indices, self.cache.generation, served
         return served
 
@@ -267,12 +272,15 @@ class Memory:
                 f"and {tokens.shape[1]} more were to be read")
 
     def fork(self):
-        """A memory that goes its own way from here. The chunks read so far are shared, not copied."""
-        if self.is_own:
-            self.pages[-1], self.is_own = self.pages[-1].closed(), False
+        """A memory that goes its own way from here. The chunks read so far are shared, not copied.
+
+        This memory goes on writing behind the chunks of its last page. The fork does not look there, and
+        opens a page of its own.
+        """
         other = copy.copy(self)
         other.window = [kv and tuple(x.clone() for x in kv) for kv in self.window]
-        other.serving, other.pages, other.served = list(self.serving), list(self.pages), {}
+        other.serving, other.served, other.is_own = list(self.serving), {}, False
+        other.pages = [Page(page.tensors, page.used) for page in self.pages]
         other.cache = ChunkCache(self.cache.n_group) if self.cache else None
         return other
 
@@ -308,23 +316,22 @@ class Memory:
         if self.device.type == "cuda":
             torch.cuda.synchronize()                            # chunks may still be on their way
         chunks = [torch.cat([x.cpu() for x in parts], dim=1)
-                  for parts in zip(*(page.closed().tensors for page in self.pages), strict=True)]
+                  for parts in zip(*(page.filled() for page in self.pages), strict=True)]
         state = dict(format=FORMAT, config=asdict(self.model.config), weights=fingerprint(self.model),
                      batch_size=self.batch_size, length=self.length, window=self.window,
                      unfinished=self.unfinished, serving=self.serving, chunks=chunks)
-        save_atomically(path, state)
+        with atomic_file(path) as file:
+            torch.save(state, file)
 
     @classmethod
     def load(cls, path, model, offload=False, capacity=None):
         """The memory in a file that save() wrote; ValueError if it is none, damaged, or another model's."""
         require(Path(path).is_file(), f"no memory file at {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            require(state["format"] == FORMAT, "another format")
-        except Exception as error:                  # whatever a foreign or damaged file makes torch raise
-            raise ValueError(f"{path} is damaged or not a memory that Memory.save wrote") from error
+        state = load_saved(path, "a memory that Memory.save wrote", PARTS)
         require(state["config"] == asdict(model.config) and state["weights"] == fingerprint(model),
                 f"{path} must be a memory of this model; another model's weights wrote it")
+        if not holds_its_length(state, model.config):
+            raise Damaged(f"{path} is damaged: its tensors are not those of {state['length']} tokens")
         memory = cls(model, state["batch_size"], offload, capacity)
         memory.length = state["length"]
         require(not capacity or memory.length <= capacity,
@@ -344,28 +351,32 @@ class Memory:
         return memory
 
 
+PARTS = dict(format=str, config=dict, weights=int, batch_size=int, length=int, window=list,
+             unfinished=(torch.Tensor, type(None)), serving=list, chunks=list)          # of a file
+
+
+def holds_its_length(state, config):
+    """Whether the tensors of a file have the shapes that reading so many tokens leaves behind."""
+    B, length, n_text = state["batch_size"], state["length"], config.chunk_size - 1
+    n_chunk = length // n_text if config.n_group else 0
+    n_position, D = length + n_chunk, config.n_embd // config.n_head
+    kv = B, config.n_kv_head, min(config.window, n_position), D
+    stored = B, n_chunk, n_text, config.n_kv_head, D
+    slots = [(B, 1, config.top_k)] * 2
+    shapes = dict(window=[[kv] * 2 if length else None] * config.n_layer, serving=[slots] * config.n_group,
+                  unfinished=(B, length % n_text, config.n_embd) if config.n_group and length else None,
+                  chunks=[(B, n_chunk, config.n_embd), stored, stored] if config.n_group and length else [])
+
+    def shapes_of(x):
+        return tuple(x.shape) if torch.is_tensor(x) else x and [shapes_of(y) for y in x]
+
+    return (state["format"] == FORMAT and B >= 1 and length >= 0
+            and all(shapes_of(state[name]) == shape for name, shape in shapes.items()))
+
+
 def fingerprint(model):
-    """A number that two models share only if they are the same: the embedding takes part in all training."""
-    return zlib.crc32(model.embedding.weight.detach().float().cpu().contiguous().numpy())
-
-
-def save_atomically(path, state, previous=None):
-    """torch.save, such that a kill at any moment leaves the old file or the new one, whole.
-
-    previous: where the old file is kept.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if previous and path.exists():
-        linked = previous.with_name(previous.name + ".partial")
-        linked.unlink(missing_ok=True)
-        try:
-            os.link(path, linked)                   # a second name, so that the first is there at all times
-        except OSError:                             # a file system without such names
-            linked = path
-        os.replace(linked, previous)
-    os.replace(partial, path)
+    """A number that two models share only if all their weights are the same."""
+    number = 0
+    for p in model.parameters():
+        number = zlib.crc32(p.detach().float().cpu().contiguous().numpy(), number)
+    return number

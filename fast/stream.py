@@ -103,9 +103,13 @@ def self_attention(attention, x, memory, i):
         out = window.one_query_attention(q, k, v, memory.bias)
     else:
         out = window.window_attention(q, k, v, attention.window, attention.slopes)
-    width = attention.window                                            # copied: a slice would keep all of k
-    memory.window[i] = k[:, :, -width:].contiguous(), v[:, :, -width:].contiguous()
+    width = attention.window
+    memory.window[i] = copy_of(k[:, :, -width:]), copy_of(v[:, :, -width:])
     return attention.out(out.transpose(1, 2).flatten(2))
+
+
+def copy_of(x):                             # a slice would keep the whole of its tensor in memory
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def cross_attention(cross, x, grid, weights, indices, pages, ready):
@@ -118,17 +122,17 @@ def cross_attention(cross, x, grid, weights, indices, pages, ready):
 
 
 def attend(q, pages, weights, indices, softmax_one):
-    """gca() over chunks in several pages, [(k, v)]: its sum over chunks is a sum over pages."""
+    """gca() over chunks in several pages, [(k, v, chunks used)]: its sum over chunks is a sum over pages."""
     B = len(q)
     if len(pages[0][0]) < B:                       # one page for the whole batch, as if it were one sequence
         q, weights, indices = (x.flatten(0, 1)[None] for x in (q, weights, indices))
     outputs, first = [], 0
-    for k, v in pages:
+    for k, v, n_used in pages:
         here = indices
         if len(pages) > 1:
-            here = torch.where((indices >= first) & (indices < first + k.shape[1]), indices - first, -1)
+            here = torch.where((indices >= first) & (indices < first + n_used), indices - first, -1)
         outputs.append(gca.gca(q, k, v, weights, here, softmax_one))
-        first += k.shape[1]
+        first += n_used
     return sum(outputs[1:], outputs[0]).view(B, -1, *q.shape[2:])
 
 
@@ -136,7 +140,7 @@ def encode(model, x, grid, memory):
     """Store the chunks that this piece completes, and keep the rest for the next piece."""
     x = torch.cat([memory.unfinished, x], dim=1) if memory.unfinished is not None else x
     n_whole = grid.whole * grid.S
-    memory.unfinished = x[:, n_whole:].contiguous()
+    memory.unfinished = copy_of(x[:, n_whole:])
     if grid.whole or not memory.pages:
         memory.append(*model.encoder(x[:, :n_whole].unflatten(1, (grid.whole, grid.S))))
 
@@ -153,7 +157,7 @@ def retrieve_for_group(model, g, x, grid, memory):
             new_weights, new_indices = retrieve(query, memory.landmarks(), grid.first, model.config.top_k,
                                                 model.config.retriever)
         weights, indices = torch.cat([weights, new_weights], dim=1), torch.cat([indices, new_indices], dim=1)
-        memory.serving[g] = weights[:, -1:].contiguous(), indices[:, -1:].contiguous()
+        memory.serving[g] = copy_of(weights[:, -1:]), copy_of(indices[:, -1:])
         weights, indices = weights[:, :grid.chunks], indices[:, :grid.chunks]
     pages, indices, ready = memory.serve(g, indices)
     return weights, indices, pages, ready

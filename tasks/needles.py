@@ -1,4 +1,4 @@
-"""Needles: named values hidden in real text, and questions that ask for them (Sec. 4's NIAH protocol).
+"""Needles: named values hidden in real text, and questions that ask for them, after Sec. 4's NIAH protocol.
 
 Several needles are hidden in a stretch of text, and as many questions are asked at its end (// are chunk
 borders):
@@ -7,8 +7,9 @@ borders):
     ..  return None|?kQ7b // :VVVVVV .assert // ..          question: it ends a chunk; its answer follows
 
 The question has to *end* a chunk, because it is that chunk's landmark which retrieves, for the tokens of the
-next chunk. The colon after it belongs to the question: it is the first token that sees what was retrieved,
-and predicts the answer.
+next chunk. Its colon opens the next chunk: it is the first token that sees what was retrieved, and predicts
+the answer. (The last text token of a chunk predicts before its own landmark has retrieved. The paper lets the
+answer itself open the chunk.) Other than in the paper, tokens are bytes, and every needle is asked for.
 
 `python -m tasks.needles` shows an example, one chunk a line.
 """
@@ -45,8 +46,8 @@ def needle_batch(text, rng, batch, length, chunk_size, n_needle, n_value, stradd
     Returns tokens and next_tokens (batch, length), and is_answer (batch, length): the positions whose next
     token is part of an answer.
     """
-    B, n, S = batch, n_needle, chunk_size - 1                   # S: text tokens of a chunk
-    last = (length - 1 - n_value) // S                          # the chunk that the last answer opens
+    B, n, n_text = batch, n_needle, chunk_size - 1              # text tokens of a chunk
+    last = (length - 1 - n_value) // n_text                     # the chunk that the last colon opens
     needle_length = NAME + n_value + 3
 
     # The haystack: one token more than the context, because next_tokens are shifted by one.
@@ -54,7 +55,8 @@ def needle_batch(text, rng, batch, length, chunk_size, n_needle, n_value, stradd
     x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
 
     # What is written: needles |name:value| and questions |?name:value
-    names = ALPHABET[distinct(rng, B, n, 62 ** NAME)[..., None] // 62 ** np.arange(NAME) % 62]
+    numbers = distinct(rng, B, n, 62 ** NAME)                                           # (B, n)
+    names = ALPHABET[numbers[..., None] // 62 ** np.arange(NAME) % 62]                  # in base 62
     values = distinct(rng, B * n, n_value, 256 - VALUES).reshape(B, n, n_value) + VALUES
     bar, ask, colon = (np.full((B, n, 1), ord(c)) for c in "|?:")
     needles = np.concatenate([bar, names, colon, values, bar], axis=-1)             # (B, n, needle_length)
@@ -62,13 +64,13 @@ def needle_batch(text, rng, batch, length, chunk_size, n_needle, n_value, stradd
 
     # Where the needles go: before all questions, each in a chunk of its own (straddle: anywhere).
     if straddle:
-        needle_at = places(rng, B, n, (last - n) * S, needle_length)
+        needle_at = random_starts(rng, B, n, (last - n) * n_text, needle_length)
     else:
-        chunk = places(rng, B, n, last - n, 1)
-        needle_at = chunk * S + rng.integers(0, S - needle_length + 1, (B, n))          # (B, n)
+        chunk = random_starts(rng, B, n, last - n, 1)
+        needle_at = chunk * n_text + rng.integers(0, n_text - needle_length + 1, (B, n))
 
     # Where the questions go: the last n chunk borders. The colon is the first token behind the border.
-    colon_at = S * np.arange(last - n + 1, last + 1)                                    # (n,)
+    colon_at = n_text * np.arange(last - n + 1, last + 1)                               # (n,)
     question_at = np.broadcast_to(colon_at - (2 + NAME), (B, n))
     write(x, needle_at, needles)
     write(x, question_at, questions)
@@ -87,13 +89,15 @@ def write(x, at, strings):
 
 def distinct(rng, rows, n, high):
     """(rows, n) integers below high, no two of a row equal."""
+    if n * n > 4 * high:                # so many that almost every draw has two that are equal
+        return np.stack([rng.choice(high, n, replace=False) for _ in range(rows)])
     x = rng.integers(high, size=(rows, n))
     while (again := (np.diff(np.sort(x)) == 0).any(1)).any():
         x[again] = rng.integers(high, size=(again.sum(), n))
     return x
 
 
-def places(rng, rows, n, room, size):
+def random_starts(rng, rows, n, room, size):
     """(rows, n) starts of n stretches of `size`, in random order, that do not overlap within `room`."""
     gaps = np.sort(rng.integers(0, room - n * size + 1, (rows, n)))
     return rng.permuted(gaps + np.arange(n) * size, axis=1)
@@ -139,14 +143,14 @@ class Needles:
 
     check = fitting
 
-    def draw(self, text, stream, length, size):
-        """A needle_batch; `stream` names the random numbers."""
-        return needle_batch(text, np.random.default_rng(stream), size, length, self.chunk_size,
-                            self.fitting(length), self.n_value, self.settings["straddle"])
+    def draw(self, text, rng, length, size):
+        return needle_batch(text, rng, size, length, self.chunk_size, self.fitting(length), self.n_value,
+                            self.settings["straddle"])
 
     def batch(self, step, length, size):
         """Tokens, next tokens and is_answer of step number `step`, (size, length) each."""
-        return self.draw(self.corpus.train, [TRAINING, self.settings["seed"], step], length, size)
+        rng = np.random.default_rng([TRAINING, self.settings["seed"], step])
+        return self.draw(self.corpus.train, rng, length, size)
 
     def loss(self, model, tokens, labels, is_answer):
         """The loss and METRICS of a batch."""
@@ -160,8 +164,8 @@ class Needles:
     @torch.no_grad()
     def score(self, model, step, length, size):
         """Accuracy of the answers in a batch of unseen text."""
-        stream = [VALIDATION, self.settings["seed"], step]
-        batch = self.draw(self.corpus.val, stream, length, size)
+        rng = np.random.default_rng([VALIDATION, self.settings["seed"], step])
+        batch = self.draw(self.corpus.val, rng, length, size)
         tokens, labels, at = (torch.from_numpy(x).to(model.embedding.weight.device) for x in batch)
         hit = model.head(model.hidden(tokens)[at]).argmax(-1) == labels[at]
         return dict(val_accuracy=hit.float().mean().item())
@@ -208,4 +212,5 @@ def mean_where(x, mask):                # x[mask].mean() without waiting for the
 if __name__ == "__main__":
     tokens, _, _ = needle_batch(stdlib_corpus().val, np.random.default_rng(), 1, 128, 16, 3, 6)
     for i in range(0, 128, 15):
-        print(f"{i // 15:4}  {bytes(tokens[0, i:i + 15].tolist()).decode(errors='backslashreplace')!r}")
+        chunk = bytes(tokens[0, i:i + 15].tolist())
+        print(f"{i // 15:4}  {chunk.decode('ascii', errors='backslashreplace')!r}")

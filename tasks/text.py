@@ -34,6 +34,9 @@ class Tokenizer(NamedTuple):
     separator: int          # between documents
 
 
+NEWLINES = dict(bytes=10, gpt2=198)         # the token of a line break
+
+
 def encode_bytes(text):
     """The byte tokenizer: text -> UTF-8 bytes as token ids 0..255."""
     return np.frombuffer(text.encode(), np.uint8)
@@ -72,10 +75,12 @@ def load_corpus(name):
     require((folder / "meta.json").is_file(),
             f"--data must be 'stdlib' or a folder that `python -m tools.prepare` made, got {name!r}")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {split: meta["splits"][split]["tokens"] for split in {"train", "val", *meta["splits"]}}
         vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
-    except (ValueError, KeyError, TypeError) as error:
+        require(all(type(n) is int for n in [vocab_size, *sizes.values()]), "numbers")
+        require(tokenizer in NEWLINES, "an unknown tokenizer")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/meta.json is damaged, or tools.prepare did not make it: "
                          "prepare the corpus again") from error
     for split, n_token in sizes.items():
@@ -155,9 +160,10 @@ class Text:
         return [start_len, seq_len] if start_len < seq_len else [seq_len]
 
     def check(self, length):
-        """ValueError if the corpus cannot fill contexts of this length."""
+        """ValueError if the corpus cannot fill contexts of this length, or has no text to measure on."""
         for split in (self.corpus.train, self.corpus.val):
             window_batch(split, 0, 0, 1, length)
+        self.places_to_score(None, None, 0, None)
 
     def batch(self, step, length, size):
         """Tokens and next tokens of step number `step`, (size, length) each."""
@@ -187,44 +193,57 @@ class Text:
     def next_length(self, length, step, score):
         return self.settings["seq_len"] if step >= SHORT * self.settings["steps"] else length
 
+    def places_to_score(self, lengths, n_place, seed, split):
+        """A text, places (n_place,) in it, how many tokens are scored at each, and lengths of context.
+
+        Where all documents are short, half a document is scored after the other half.
+        """
+        text = self.corpus.val if split == "val" or self.corpus.test is None else self.corpus.test
+        starts, sizes = documents(text, load_tokenizer(self.corpus.tokenizer).separator)
+        n_scored = min(N_SCORED, int(sizes.max()) // 2)
+        require(n_scored, f"--data: {self.corpus.name} has no document of two tokens or more to measure on")
+        if not lengths:
+            longest = int(sizes.max()) - n_scored
+            lengths = [2 ** i for i in range(10, 17) if 2 ** i <= longest] or [longest]
+        where = places(starts, sizes, max(lengths), n_scored, n_place or 8,
+                       np.random.default_rng([EVALUATION, seed]))
+        return text, where, n_scored, lengths
+
     def measure(self, model, read, lengths=None, n_place=None, seed=0, split=None):
         """Perplexity by context length, a row each: the same tokens after more or less context.
 
         read: as eval.py's Reader; split "val" or "test", default: test where there is one.
         """
-        text = self.corpus.val if split == "val" or self.corpus.test is None else self.corpus.test
         n_place = n_place or (64 if model.embedding.weight.is_cuda else 8)
-        tokenizer = load_tokenizer(self.corpus.tokenizer)
-        starts, sizes = documents(text, tokenizer.separator)
-        lengths = lengths or [2 ** i for i in range(10, 17) if 2 ** i + N_SCORED <= sizes.max()] or [1]
-        where = places(starts, sizes, max(lengths), n_place, np.random.default_rng([EVALUATION, seed]))
-        n_byte = sum(len(tokenizer.decode_bytes(text[i:i + N_SCORED].tolist())) for i in where)
+        text, where, n_scored, lengths = self.places_to_score(lengths, n_place, seed, split)
+        decode_bytes = load_tokenizer(self.corpus.tokenizer).decode_bytes
+        n_byte = sum(len(decode_bytes(text[i:i + n_scored].tolist())) for i in where)
         for length in lengths:
-            total = scored_loss(model, read, text, where, length)
-            loss = total / (len(where) * N_SCORED)
-            yield dict(length=length, scored=len(where) * N_SCORED, loss=loss,
+            total = scored_loss(model, read, text, where, n_scored, length)
+            loss = total / (len(where) * n_scored)
+            yield dict(length=length, scored=len(where) * n_scored, loss=loss,
                        perplexity=math.exp(min(loss, 700)), bits_per_byte=total / math.log(2) / n_byte)
 
 
-def places(starts, sizes, longest, n_place, rng):
-    """Places (n_place,) that have `longest` tokens of their document before them, and N_SCORED after them."""
-    room = sizes - longest - N_SCORED + 1                       # places in each document
-    require(room.max() >= 1, f"--lengths must be at most {max(0, sizes.max() - N_SCORED)}: no document has "
-            f"{longest} tokens of context and the {N_SCORED} that are scored")
+def places(starts, sizes, longest, n_scored, n_place, rng):
+    """Places (n_place,) that have `longest` tokens of their document before them, and n_scored after them."""
+    room = sizes - longest - n_scored + 1                       # places in each document
+    require(room.max() >= 1, f"--lengths must be at most {max(0, sizes.max() - n_scored)}: no document has "
+            f"{longest} tokens of context and the {n_scored} that are scored")
     room = room.clip(min=0)
     drawn = np.sort(rng.integers(room.sum(), size=n_place))
     document = np.searchsorted(room.cumsum(), drawn, side="right")
     return starts[document] + longest + drawn - (room.cumsum() - room)[document]
 
 
-def scored_loss(model, read, text, where, length):
-    """Summed cross-entropy of the N_SCORED tokens at each place, after `length` tokens of context."""
+def scored_loss(model, read, text, where, n_scored, length):
+    """Summed cross-entropy of the n_scored tokens at each place, after `length` tokens of context."""
     batch, total = min(16, read.contexts_at_once(model, length)), 0.0
     for group in np.split(where, range(batch, len(where), batch)):
-        x = np.stack([text[i - length:i + N_SCORED] for i in group]).astype(np.int64)
+        x = np.stack([text[i - length:i + n_scored] for i in group]).astype(np.int64)
         x = torch.from_numpy(x).to(model.embedding.weight.device)
         at = torch.zeros_like(x[:, 1:], dtype=torch.bool)
-        at[:, -N_SCORED:] = True
+        at[:, -n_scored:] = True
         logits = read(model, x[:, :-1], at)
-        total += F.cross_entropy(logits.float(), x[:, -N_SCORED:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(logits.float(), x[:, -n_scored:].flatten(), reduction="sum").item()
     return total

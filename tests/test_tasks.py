@@ -60,10 +60,10 @@ def test_contexts_start_short_and_then_are_long():
 def test_perplexity_scores_the_same_tokens_after_more_or_less_context():
     starts, sizes = text_module.documents(np.array([1] * 500 + [0] + [1] * 900 + [0]), 0)
     assert starts.tolist() == [0, 501, 1402] and sizes.tolist() == [500, 900, 0]
-    where = text_module.places(starts, sizes, 300, 9000, np.random.default_rng(0))
+    where = text_module.places(starts, sizes, 300, 256, 9000, np.random.default_rng(0))
     assert set(where) == set(range(801, 501 + 900 - 256 + 1))                  # in the second document alone
     with pytest.raises(ValueError, match="--lengths must be at most 644"):
-        text_module.places(starts, sizes, 645, 1, np.random.default_rng(0))
+        text_module.places(starts, sizes, 645, 256, 1, np.random.default_rng(0))
     model, text = DRT(DRTConfig()).to(DEVICE).eval(), np.random.default_rng(0).integers(256, size=2000)
     with torch.no_grad():
         expected = 0
@@ -72,9 +72,9 @@ def test_perplexity_scores_the_same_tokens_after_more_or_less_context():
             logits = model(x[None, :-1])[0][0, -256:]
             expected += F.cross_entropy(logits, x[-256:], reduction="sum").item()
     for use_fast in (True, False):
-        read = Reader(DEVICE, use_fast)
-        loss = text_module.scored_loss(model, read, text, np.array([400, 700, 1500]), 100)
-        assert loss == pytest.approx(expected, rel=1e-2 if DEVICE.type == "cuda" else 1e-5)       # bf16 there
+        read = Reader(DEVICE, use_fast=use_fast)
+        loss = text_module.scored_loss(model, read, text, np.array([400, 700, 1500]), 256, 100)
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------- needles

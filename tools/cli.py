@@ -1,18 +1,109 @@
 """What all command lines share: flags from dataclasses, mistakes in one line, tables and reports."""
 import argparse
+import functools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from gca import triton
+from fast.files import atomic_file
+from gca import require, triton
 
+# ---------------------------------------------------------------- how a program ends
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def program(main):
+    """Wrap main(argv): a user's mistake, a signal or a full machine ends in one line, not in a traceback.
+
+    Exit status: 2 for mistakes and for what the machine cannot do, 130 after Ctrl-C, 143 after SIGTERM. A
+    second signal ends the program at once.
+    """
+    @functools.wraps(main)
+    def run(argv=None):
+        with signals(raise_signal):
+            try:
+                result = main(argv)
+                sys.stdout.flush()
+                return result
+            except KeyboardInterrupt:
+                end(130, "interrupted")
+            except Terminated:
+                end(143, "terminated")
+            except BrokenPipeError:                     # `| head` has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                sys.exit(141)
+            except torch.OutOfMemoryError as error:
+                first = str(error).split(". ")[0]
+                end(2, f"{first}: lower --batch_size, --batch_tokens, --micro_batch or the model's sizes; "
+                       "to read a long text, use --offload")
+            except MemoryError as error:
+                end(2, f"out of memory: lower --batch_size, --batch_tokens or the model's sizes ({error})")
+            except OSError as error:
+                name = f"{error.filename}: " if error.filename else ""
+                end(2, f"{name}{error.strerror or error}")
+            except ValueError as error:
+                end(2, f"{error}{origin(error)}")
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):
+                    raise
+                end(2, "out of memory: lower --batch_size, --batch_tokens or the model's sizes")
+    return run
+
+
+def origin(error):
+    """Where a ValueError came from, in brackets, unless our own code raised it, with words for users."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    on_purpose = frame.name == "require" or (frame.line or "").startswith("raise ")
+    return "" if on_purpose else f" ({type(error).__name__} in {frame.filename}, line {frame.lineno})"
+
+
+def end(status, message):
+    """Say why on stderr, in one line, and end. Every process of a group says its own reason."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    who = f"process {rank} of {size}: " if rank != "0" else ""
+    line = f"error: {who}{message}".replace("\n", " ")
+    if sys.stdout:
+        sys.stdout.flush()
+    if sys.stderr:
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    sys.exit(status)
+
+
+@contextmanager
+def signals(handler):
+    """SIGINT and SIGTERM call handler(number) in here; the second one ends the program at once."""
+    seen = []
+
+    def handle(number, _):
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        handler(number)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def raise_signal(number):
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+# ---------------------------------------------------------------- flags
 
 class Parser(argparse.ArgumentParser):
     """A user's mistake ends in one line, `error: ..`, and exit status 2."""
@@ -21,8 +112,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        sys.stdout.flush()
-        self.exit(2, f"error: {message}\n")
+        end(2, message)
 
     def add_fields(self, fields, choices=None, helps=None):
         """A flag for each field of a dataclass, None where it is not given."""
@@ -38,15 +128,14 @@ def boolean(text):
     return text.lower() == "true"
 
 
-@contextmanager
-def mistakes_in_one_line(parser):
-    """What runs in here may raise ValueError or OSError for a user's mistake."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)):
-            sys.exit(2)                                         # the first process of a group says why
-        parser.error(error)
+def check_types(values, fields, path):
+    """ValueError unless values, read from path, has these fields of dataclasses, of their types."""
+    for field in fields:
+        kind = type(field.default)
+        value = values.get(field.name)
+        fits = isinstance(value, kind) or kind is float and type(value) is int
+        require(fits and (kind is bool or type(value) is not bool),
+                f"{path} must have a setting {field.name} of type {kind.__name__}, got {value!r}")
 
 
 def pick_device(name):
@@ -54,10 +143,29 @@ def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name) if name in ("cpu", "cuda") else None
-    if device is None or device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be auto, cpu, or cuda on a machine with a GPU, got {name!r}")
+    require(device and (device.type == "cpu" or torch.cuda.is_available()),
+            f"--device must be auto, cpu, or cuda on a machine with a GPU, got {name!r}")
     return device
 
+
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+
+
+def pick_dtype(name, device):
+    """'auto' is bfloat16 on a GPU that has it, float16 on one that has not, and float32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device, dtype):
+    """Compute in dtype; float32 is no autocast."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+# ---------------------------------------------------------------- tables and reports
 
 def hardware(device):
     if device.type == "cuda":
@@ -78,25 +186,30 @@ def print_table(rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
 
-def check_folder(flag, path):
-    """ValueError if there is no folder to write this file to; None is no file."""
-    if path and not path.absolute().parent.is_dir():
-        raise ValueError(f"{flag}: no folder {path.parent} to write {path.name} to")
+def check_writable(flag, path):
+    """ValueError if no file can be written at this path (None: no file): found before the work, not after."""
+    if not path:
+        return
+    folder = path.absolute().parent
+    require(folder.is_dir(), f"{flag}: no folder {path.parent} to write {path.name} to")
+    require(not path.is_dir(), f"{flag}: {path} must be a file, it is a folder")
+    require(os.access(folder, os.W_OK), f"{flag}: no permission to write to {folder}")
 
 
 def save_report(path, settings, device, rows):
-    """Write what was measured, and on what, as JSON."""
+    """Write what was measured, and on what, as JSON; whole, or not at all."""
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                     triton=triton and triton.__version__)
     report = dict(settings=settings, hardware=hardware(device), versions=versions, commit=commit(), rows=rows)
-    Path(path).write_text(json.dumps(report, indent=1) + "\n")
+    with atomic_file(path) as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
 
 
 def commit():
     """The commit of this checkout, with a + if files have changed since; None outside of a checkout."""
-    here = Path(__file__).parent
+    line = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
-        line = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
-        return subprocess.run(line, cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(line, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

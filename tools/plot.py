@@ -1,29 +1,58 @@
 """Pictures of what eval.py's --json wrote, by context length."""
 import json
+from pathlib import Path
+
+from gca import require
+
+
+def run_names(paths):
+    """A name for each file, {path: name}: its folder, or as much of the path as tells the files apart."""
+    parts = {path: [*path.absolute().parent.parts[1:], path.stem] for path in map(Path, paths)}
+    for n in range(1, max(map(len, parts.values())) + 1):
+        for names in ({path: "/".join(x[-n - 1:-1]) for path, x in parts.items()},
+                      {path: "/".join(x[-n - 1:]) for path, x in parts.items()}):
+            if len(set(names.values())) == len(names):
+                return names
+    return {path: str(path) for path in parts}
+
+
+def load_report(path):
+    """The rows of a report; ValueError if it is not one."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in rows:
+            require(isinstance(row["length"], int), "no length")
+        require(rows and any(key in rows[0] for key in PANELS), "nothing to draw")
+    except OSError:
+        raise
+    except Exception as error:                              # whatever foreign JSON makes of these lines
+        raise ValueError(f"{path} must be a report of eval.py niah, ppl or speed --json") from error
+    return rows
+
+
+PANELS = dict(token_accuracy="answer tokens right, %", perplexity="perplexity",
+              read_tokens_per_second="tokens read per second", peak_gpu_gib="GPU memory, GiB",
+              ms_per_new_token="ms per new token")
 
 
 def plot(reports, path):
-    """A curve for each file of niah, for each model of the others; needs matplotlib."""
+    """One curve for each model of each report; needs matplotlib. All reports must be of one kind."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from error
-    tables = {report.stem: json.loads(report.read_text())["rows"] for report in reports}
-    if "token_accuracy" in next(iter(tables.values()))[0]:
-        panels, curves = dict(token_accuracy="answer tokens right, %"), tables
-    else:
-        panels, curves = dict(read_tokens_per_second="tokens read per second", peak_gpu_gib="GPU memory, GiB",
-                              ms_per_new_token="ms per new token"), {}
-        if "perplexity" in next(iter(tables.values()))[0]:
-            panels = dict(perplexity="perplexity")
-        for row in (row for rows in tables.values() for row in rows):
-            curves.setdefault(row["model"], []).append(row)
-    figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.6) if len(panels) == 1 else (11, 3.4),
+    tables = {report: load_report(report) for report in reports}
+    kinds = {report: next(key for key in PANELS if key in rows[0]) for report, rows in tables.items()}
+    kind = next(iter(kinds.values()))
+    for report in tables:
+        require(kinds[report] == kind, f"{report} must be of the same command as {reports[0]}")
+    keys = [kind] if kind in ("token_accuracy", "perplexity") else [*PANELS][2:]
+    figure, axes = plt.subplots(1, len(keys), figsize=(8, 3.6) if len(keys) == 1 else (11, 3.4),
                                 layout="constrained", squeeze=False)
-    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
-        for name, rows in curves.items():
+    for axis, key in zip(axes[0], keys, strict=True):
+        for name, rows in curves(tables).items():
             axis.plot([row["length"] for row in rows], [row[key] for row in rows], "o-", label=name)
-        axis.set(xscale="log", xlabel="tokens of context", ylabel=label)
+        axis.set(xscale="log", xlabel="tokens of context", ylabel=PANELS[key])
         if key == "token_accuracy":
             axis.set(ylim=(-3, 103))
         elif key != "perplexity":
@@ -31,3 +60,15 @@ def plot(reports, path):
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.savefig(path, dpi=150)
+
+
+def curves(tables):
+    """{label: rows} of each model; the report's name is part of the label where two have the same name."""
+    names, curves = run_names(tables), {}
+    models = [(report, model) for report, rows in tables.items()
+              for model in dict.fromkeys(row.get("model", "") for row in rows)]
+    for report, model in models:
+        is_unique = model and sum(model == other for _, other in models) == 1
+        label = model if is_unique else f"{names[report]}: {model}" if model else names[report]
+        curves[label] = [row for row in tables[report] if row.get("model", "") == model]
+    return curves

@@ -6,11 +6,12 @@
 """
 import hashlib
 import json
-import multiprocessing
-import os
+import signal
 import sys
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from fast.files import atomic_file
 from gca import require
 from tasks.text import load_tokenizer
 from tools import cli
@@ -62,46 +64,77 @@ def prepare(splits, out, tokenizer, errors="strict"):
     kind = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
-    old = json.loads((out / "meta.json").read_text()) if (out / "meta.json").is_file() else {}
     for split, (documents, number, identity) in splits.items():
-        source = hashlib.sha256(json.dumps([tokenizer, errors, identity]).encode()).hexdigest()
-        done = old.get("splits", {}).get(split, {})
-        if done.get("source") != source or not (out / f"{split}.bin").is_file():
+        source = digest(json.dumps([tokenizer, errors, identity]).encode())
+        done = split_that_is_there(out, split, source)
+        if not done:
             done = write_split(out / f"{split}.bin", documents, number, tokenizer, errors)
         meta["splits"][split] = done | dict(source=source)
-        write_atomically(out / "meta.json", json.dumps(meta, indent=1) + "\n")
+        with atomic_file(out / "meta.json") as file:
+            file.write((json.dumps(meta, indent=1) + "\n").encode())
         print(f"{split}: {done['documents']:,} documents, {done['tokens']:,} tokens, "
               f"{done['skipped']:,} skipped (not UTF-8 text)")
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_file(path):
+    written = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            written.update(block)
+    return written.hexdigest()
+
+
+def split_that_is_there(out, split, source):
+    """What meta.json says of a split made of the same documents, if its file is whole; otherwise None."""
+    try:
+        done = json.loads((out / "meta.json").read_text(encoding="utf-8"))["splits"][split]
+        if done["source"] == source and done["sha256"] == digest_of_file(out / f"{split}.bin"):
+            return {name: done[name] for name in ("tokens", "bytes", "documents", "skipped", "sha256")}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass                            # whatever stands there is written anew
+    return None
+
+
+def ignore_signals():                   # in worker processes: the main process ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def write_split(path, documents, number, tokenizer, errors):
     """Tokenize documents, in order and in parallel, into one .bin; atomic. Returns counts and a hash."""
-    partial_path, digest = path.with_name(path.name + ".partial"), hashlib.sha256()
     count, documents, work = Counter(), iter(documents), partial(tokenize, tokenizer=tokenizer, errors=errors)
-    with multiprocessing.Pool() as pool, open(partial_path, "wb") as file, \
-            tqdm(desc=path.stem, total=number, unit="document") as bar:
-        while group := list(islice(documents, 256)):            # a pool would read all of a stream at once
-            for done in pool.imap(work, group):
-                bar.update()
-                if done is None:
-                    count["skipped"] += 1
-                    continue
-                tokens, size = done
-                file.write(tokens.tobytes())
-                digest.update(tokens.tobytes())
-                count.update(tokens=len(tokens), bytes=size, documents=1)
-    if not count["documents"]:
-        partial_path.unlink()
-        raise ValueError(f"{path.stem} must hold UTF-8 text, got none; --errors replace takes others")
-    os.replace(partial_path, path)
+    written = hashlib.sha256()
+    pool = ProcessPoolExecutor(initializer=ignore_signals)
+    try:
+        with atomic_file(path) as file, tqdm(desc=path.stem, total=number, unit="document") as bar:
+            while group := list(islice(documents, 256)):        # a pool would read all of a stream at once
+                for done in pool.map(work, group, chunksize=4):
+                    bar.update()
+                    if done is None:
+                        count["skipped"] += 1
+                        continue
+                    tokens, size = done
+                    file.write(tokens.tobytes())
+                    written.update(tokens.tobytes())
+                    count.update(tokens=len(tokens), bytes=size, documents=1)
+            require(count["documents"], f"{path.stem} must hold UTF-8 text, got none; --errors replace takes "
+                    "other text")
+    except BrokenProcessPool as error:
+        raise ValueError(f"{path.stem}: a worker process was killed; run it again") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return dict(tokens=count["tokens"], bytes=count["bytes"], documents=count["documents"],
-                skipped=count["skipped"], sha256=digest.hexdigest())
+                skipped=count["skipped"], sha256=written.hexdigest())
 
 
 def prepare_text(folder, out, tokenizer, errors):
     """A folder of .txt files -> a corpus in out."""
-    def identity(files):
-        return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+    def identity(files):                # by content: a file may change and keep its size
+        return [(path.relative_to(folder).as_posix(), digest_of_file(path)) for path in files]
 
     splits = split_documents(folder)
     prepare({name: (files, len(files), identity(files)) for name, files in splits.items()},
@@ -139,14 +172,9 @@ def prepare_dataset(name, out, tokenizer):
     prepare({split: (texts(theirs), None, [name, theirs]) for split, theirs in names.items()}, out, tokenizer)
 
 
-def write_atomically(path, text):
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(text)
-    os.replace(partial_path, path)
-
-
 # ---------------------------------------------------------------- command line
 
+@cli.program
 def main(argv=None):
     parser = cli.Parser(description="Prepare a corpus.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
@@ -162,11 +190,11 @@ def main(argv=None):
         command.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2",
                              help="default: %(default)s")
     args = parser.parse_args(argv)
-    with cli.mistakes_in_one_line(parser):
-        if args.command == "text":
-            prepare_text(args.folder, args.out, args.tokenizer, args.errors)
-        else:
-            prepare_dataset(args.command, args.out, args.tokenizer)
+    if args.command == "text":
+        require(args.folder.is_dir(), f"FOLDER: no folder {args.folder}")
+        prepare_text(args.folder, args.out, args.tokenizer, args.errors)
+    else:
+        prepare_dataset(args.command, args.out, args.tokenizer)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,16 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fast.memory import save_atomically
+from fast.files import Damaged, atomic_file, load_saved
 from gca import require
 from model import DRT, DRTConfig
+from tasks.text import NEWLINES
+from tools import cli
+
+try:
+    import fcntl
+except ImportError:                     # not on Windows: runs are not locked there
+    fcntl = None
 
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU, which waits for it
 BAD_STEPS = 10             # in a row, without a finite loss and gradient: the run ends
@@ -31,39 +38,65 @@ PEAK_FLOPS = dict(H100=989e12, H200=989e12, A100=312e12)    # dense bf16, by the
 
 # ---------------------------------------------------------------- checkpoints
 
+PARTS = dict(config=dict, model=dict)               # of every checkpoint, and of one that a run has written:
+RUN_PARTS = PARTS | dict(optimizer=dict, step=int, length=int, tokenizer=str, settings=dict)
+
+
 def save_checkpoint(path, model, **state):
     """Write model and state, atomically; the checkpoint that was there stays as NAME.prev.pt."""
     path = Path(path)
-    save_atomically(path, dict(config=asdict(model.config), model=model.state_dict(), **state),
-                    path.with_suffix(f".prev{path.suffix}"))
+    with atomic_file(path) as file:
+        torch.save(dict(config=asdict(model.config), model=model.state_dict(), **state), file)
+        if path.exists():
+            previous = path.with_suffix(f".prev{path.suffix}")
+            linked = previous.with_name(previous.name + ".partial")
+            linked.unlink(missing_ok=True)
+            try:
+                os.link(path, linked)           # a second name, so that the first is there at all times
+            except OSError:                     # a file system without such names
+                linked = path
+            os.replace(linked, previous)
 
 
-def load_checkpoint(path, device):
+def load_checkpoint(path, device, parts=PARTS):
     """A checkpoint's model, ready to read (eval mode), and all that was saved with it.
 
-    ValueError if it is not one of ours.
+    parts: {name: type} that it must hold. ValueError if it is not one of ours.
     """
     require(Path(path).is_file(), f"no checkpoint at {path}: train one with python train.py")
+    state = load_saved(path, "a checkpoint of train.py", parts)
+    weights = {name.replace("_orig_mod.", ""): x for name, x in state["model"].items()}     # of torch.compile
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        model = DRT(DRTConfig(**state["config"])).to(device)
-        model.load_state_dict(state["model"])
-    except Exception as error:                  # whatever a foreign or damaged file makes torch raise
-        raise ValueError(f"{path} is damaged or not a checkpoint of train.py") from error
+        config = DRTConfig(**state["config"])
+        claimed = shapes(config)                # compared with the file's, before anything is allocated
+        require(claimed == {name: x.shape for name, x in weights.items()}, "other tensors")
+    except Exception as error:
+        raise Damaged(f"{path} is damaged: its tensors are not those of its settings") from error
+    model = DRT(config).to(device)
+    model.load_state_dict(weights)
+    if "tokenizer" in state:
+        model.newline = NEWLINES.get(state["tokenizer"], 0)     # what fast.generate pads prompts with
     return model.eval(), state
 
 
-def load_saved(out, device):
+def shapes(config):
+    """{name: shape} of the tensors of a model, which is not made."""
+    with torch.device("meta"):
+        return {name: x.shape for name, x in DRT(config).state_dict().items()}
+
+
+def load_run(out, device):
     """The state of the run in out; ValueError if it is damaged, which says so if there is one before it."""
+    path, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
     try:
-        return load_checkpoint(out / "ckpt.pt", device)[1]
-    except ValueError as error:
+        return load_checkpoint(path, device, RUN_PARTS)[1]
+    except Damaged as error:
         try:
-            step = load_checkpoint(out / "ckpt.prev.pt", device)[1]["step"]
+            step = load_checkpoint(previous, device, RUN_PARTS)[1]["step"]
         except ValueError:
             raise error from None
-        raise ValueError(f"{error}; the checkpoint before it is whole: "
-                         f"mv {out}/ckpt.prev.pt {out}/ckpt.pt, then --resume from step {step}") from None
+        raise ValueError(f"{error}; the checkpoint before it is whole: mv {previous} {path}, then --resume "
+                         f"from step {step}") from None
 
 
 def check_space(out, n_parameter):
@@ -72,8 +105,33 @@ def check_space(out, n_parameter):
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    require(free >= needed, f"--out: {out} must have {needed / 1e9:.1f} GB free for checkpoints, "
-            f"it has {free / 1e9:.1f}")
+    require(free >= needed, f"--out: {out} must have {needed / 2 ** 20:,.0f} MiB free for checkpoints, "
+            f"it has {free / 2 ** 20:,.0f}")
+
+
+def prepare_folder(out, resume):
+    """Make the folder of a run and lock it; a run that is there already is moved aside, unless it resumes.
+
+    Returns what holds the lock. ValueError if another process writes there.
+    """
+    if out.is_dir() and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.csv")):
+        lock(out).close()                       # not while it is being written
+        number = next(i for i in range(1, 10 ** 9) if not out.with_name(f"{out.name}.{i}").exists())
+        aside = out.absolute().with_name(f"{out.absolute().name}.{number}")
+        out.rename(aside)
+        print(f"the run that was in {out} is now in {aside}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    return lock(out)
+
+
+def lock(out):
+    file = open(out / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"--out: another run is writing to {out}") from None
+    return file
 
 
 # ---------------------------------------------------------------- several processes
@@ -82,6 +140,8 @@ class Ranks:
     """What torchrun says of this process: number `rank` of `size`. Without it, the only one."""
 
     def __init__(self, device):
+        require(("RANK" in os.environ) == ("WORLD_SIZE" in os.environ),
+                "RANK and WORLD_SIZE must both be set or both not: start processes with torchrun")
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         if self.size > 1:
@@ -124,7 +184,7 @@ class Objective(nn.Module):
 # ---------------------------------------------------------------- a run
 
 class Run:
-    """The folder of a run and what is written there; signals; the progress bar."""
+    """The folder of a run and what is written there; the signals that stop it; the progress bar."""
 
     def __init__(self, out, ranks, n_step, task, flops_per_token):
         self.out, self.ranks, self.n_step, self.flops_per_token = out, ranks, n_step, flops_per_token
@@ -132,37 +192,35 @@ class Run:
         self.metrics = ("loss", *task.METRICS, "grad_norm", "skipped")
         self.columns = ("step", *self.metrics, "lr", "seq_len", "batch_size", "tokens_per_second", "mfu",
                         "gpu_gib", *task.SCORES)
-        self.rows, self.values, self.bad, self.signals = [], [], 0, []
+        self.rows, self.values, self.bad, self.signal = [], [], 0, None
 
     def start(self, step):
         """Open log.csv for the row after `step` and catch signals; use as a context."""
-        self.old_handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.old_handlers[number] = signal.signal(number, self.catch)
+        self.catching = cli.signals(self.catch)
+        self.catching.__enter__()
         path = self.out / "log.csv"
         self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
         self.log = csv.DictWriter(self.file, self.columns, lineterminator="\n")
-        pause = 0.1 if sys.stderr.isatty() else 30          # seconds between two states of the bar
+        pause = 0.1 if sys.stderr and sys.stderr.isatty() else 30       # seconds between states of the bar
         self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
                         mininterval=pause, maxinterval=pause)
         self.since = time.perf_counter()
         return self
 
-    def catch(self, number, frame):
-        self.signals.append(signal.Signals(number).name)
+    def catch(self, number):
+        self.signal = signal.Signals(number)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
+        self.catching.__exit__(None, None, None)
         self.bar.close()
         self.file.close()
 
     def stopped(self):
         """Whether a signal came, to any of the processes: all of them stop, or none."""
-        return self.ranks.mean(torch.tensor(float(bool(self.signals)))).item() > 0
+        return self.ranks.mean(torch.tensor(float(self.signal is not None))).item() > 0
 
     def record(self, values, step, **numbers):
         """A row of log.csv; values: a tensor of self.metrics, which is not waited for yet."""
@@ -203,18 +261,20 @@ class Run:
         self.bar.set_postfix_str(", ".join(news), refresh=False)
 
     def save(self, model, optimizer, **state):
-        """A checkpoint, by the first process."""
+        """A checkpoint, by the first process. Weights that are not finite never replace a good one."""
         self.flush()
+        finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+        require(finite, f"the weights are not finite after step {state['step']}: the checkpoint before it "
+                "stays; try a lower --lr")
         if self.first:
             save_checkpoint(self.out / "ckpt.pt", model, optimizer=optimizer.state_dict(), **state)
 
 
 def open_log(path, columns, step):
     """log.csv, ready for the row after `step`; rows that a resumed run will write again are dropped."""
-    kept = path.read_text().splitlines()[1:step + 1] if step else []
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in [",".join(columns), *kept]))
-    os.replace(partial, path)
+    kept = path.read_text().splitlines()[1:step + 1] if step and path.exists() else []
+    with atomic_file(path) as file:
+        file.write("".join(line + "\n" for line in [",".join(columns), *kept]).encode())
     return open(path, "a", newline="")
 
 
