@@ -97,7 +97,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
     for name, model in models.items():
         read.reset()
         table = task.measure(model, read, lengths, n, seed, **options)
-        for row in tqdm(table, name, leave=False, unit="row"):
+        for row in tqdm(table, name, leave=False, unit="row", disable=None):           # only on a terminal
             rows.append(dict(model=name) | row | read.numbers())
             read.reset()
     cli.print_table(rows)
@@ -135,9 +135,11 @@ def run_ppl(args, device):
     require(args.split != "test" or corpus.test is not None,
             "--split must be val: the corpus has no test split")
     names = run_names(args.ckpt)
+    task = Text(saved["settings"], corpus)
+    task.places_to_score(args.lengths, args.places, args.seed, args.split)
     reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
-    rows = measure(Text(saved["settings"], corpus), {names[path]: models[path] for path in models}, reader,
-                   args.lengths, args.places, args.seed, split=args.split)
+    rows = measure(task, {names[path]: models[path] for path in models}, reader, args.lengths, args.places,
+                   args.seed, split=args.split)
     return {names[path]: settings[path] for path in models}, rows
 
 

@@ -228,7 +228,8 @@ def retrieve(query, landmarks, top_k, explore=False, retriever="learned"):
     if retriever == "random" or (explore and retriever == "learned"):
         ranking = ranking - torch.empty_like(ranking).exponential_().log()      # plus Gumbel noise
     ranking = ranking.masked_fill(chunk >= chunk[:, None], float("-inf"))
-    best, indices = ranking.topk(min(top_k, C), dim=-1)
+    best, indices = ranking.sort(descending=True, stable=True)      # of equal scores, the earlier chunk
+    best, indices = best[..., :top_k], indices[..., :top_k]
     empty = best == float("-inf")                           # fewer than K chunks are earlier
     weights = scores.gather(-1, indices).masked_fill(empty, -1e30).softmax(-1).masked_fill(empty, 0)
     n_spare = top_k - indices.shape[-1]

@@ -232,11 +232,12 @@ def retrieve(query, landmarks, first, top_k, retriever="learned"):
                 ranking = torch.rand_like(ranking)
             if start + block.shape[1] > first:                          # not all are earlier chunks
                 ranking = ranking.masked_fill(chunk >= t, float("-inf"))
-            chosen = largest(ranking, top_k)
+            chosen = first_largest(ranking, top_k)
             best_ranking = torch.cat([best_ranking, ranking.gather(-1, chosen)], dim=-1)
             best_scores = torch.cat([best_scores, scores.gather(-1, chosen)], dim=-1)
             best_indices = torch.cat([best_indices, chosen + start], dim=-1)
-            best_ranking, order = best_ranking.topk(min(top_k, best_ranking.shape[-1]))
+            best_ranking, order = best_ranking.sort(descending=True, stable=True)
+            best_ranking, order = best_ranking[..., :top_k], order[..., :top_k]
             best_scores, best_indices = best_scores.gather(-1, order), best_indices.gather(-1, order)
             start += block.shape[1]
     n_spare = top_k - best_ranking.shape[-1]
@@ -251,6 +252,23 @@ def inner_products(query, landmarks):
     if query.is_cuda and query.dtype == landmarks.dtype != torch.float32:
         return torch.bmm(query, landmarks.mT, out_dtype=torch.float32)  # low precision in, none lost
     return query.float() @ landmarks.float().mT
+
+
+def first_largest(x, k):
+    """Indices of the k largest along the last axis, in order; of equal numbers the first (a stable sort).
+
+    Equal scores are rare. So there is one look for them, and only if they are there, a second choice: those
+    above the smallest one chosen, and of those equal to it the first.
+    """
+    chosen = largest(x, k).sort().values
+    values, order = x.gather(-1, chosen).sort(descending=True, stable=True)
+    chosen, least = chosen.gather(-1, order), values[..., -1:]
+    if ((x >= least) & (least > float("-inf"))).sum(-1).max() <= chosen.shape[-1]:
+        return chosen
+    position = torch.arange(x.shape[-1], device=x.device, dtype=torch.float32)
+    rank = torch.where(x > least, 1.0, torch.where(x == least, -position, float("-inf")))
+    chosen = largest(rank, k).sort().values
+    return chosen.gather(-1, x.gather(-1, chosen).sort(descending=True, stable=True).indices)
 
 
 def largest(x, k):

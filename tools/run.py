@@ -105,8 +105,8 @@ def check_space(out, n_parameter):
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    require(free >= needed, f"--out: {out} must have {needed / 2 ** 20:,.0f} MiB free for checkpoints, "
-            f"it has {free / 2 ** 20:,.0f}")
+    require(free >= needed, f"--out: {out} must have {needed / 2 ** 20:,.0f} MiB free for checkpoints of "
+            f"{n_parameter:,} parameters, it has {free / 2 ** 20:,.0f}: lower --n_embd or --n_layer")
 
 
 def prepare_folder(out, resume):

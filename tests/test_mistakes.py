@@ -1,0 +1,242 @@
+"""Mistakes that users make: one clear line that names flag or file, exit status 2, nothing half-written."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import fast
+import train
+from helpers import DEVICE, TEXT_FLAGS, TINY_FLAGS, random_tokens, refused, tiny
+from tools import prepare
+from tools.run import load_checkpoint, save_checkpoint
+
+
+def one_line(capsys, main, *arguments):
+    error = refused(capsys, main, *arguments)
+    assert error.count("\n") == 1 and error.startswith("error: ") and "Traceback" not in error
+    return error
+
+
+# ---------------------------------------------------------------- settings
+
+NUMBERS = """batch_size batch_tokens steps lr warmup grow_at validate_every checkpoint_every seq_len
+             seed start_len micro_batch final_lr weight_decay lm_weight""".split()
+FLOATS = "lr grow_at final_lr weight_decay lm_weight".split()
+SIZES = "n_layer n_group n_encoder n_head n_embd chunk_size top_k window n_kv_head".split()
+
+
+@pytest.mark.parametrize("flags", [
+    *(f"--{name} -1" for name in [*NUMBERS, *SIZES, "n_needle", "n_value"]),
+    *(f"--{name} {value}" for name in FLOATS for value in ("nan", "inf", "-inf", "1e300")),
+    *(f"--{name} 99999999999999999999999" for name in [*NUMBERS, *SIZES]),
+    *(f"--{name} many" for name in NUMBERS),
+    "--n_layer 1000000000", "--n_embd 1000000 --n_head 1", "--n_value 129", "--n_needle 0",
+    "--n_layer 3", "--n_embd 65", "--dtype int8", "--task needle", "--needle five", "--device gpu",
+    "--preset big", "--data nowhere", "--resume", "--lr", "--steps 1.5", "--gumbel yes"])
+def test_training_settings(flags, tmp_path, capsys):
+    flags = flags.split()
+    error = one_line(capsys, train.main, "--preset", "cpu", *flags, "--out", tmp_path / "new")
+    assert flags[0].strip("-") in error or flags[0] == "--resume"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    *(f"niah --lengths {value}" for value in ("20", "many", "0", "-5", "1,,2")), "niah --questions 0",
+    "niah --questions x", "niah --seed -1", "niah --seed 99999999999999999999", "niah --size 3",
+    "niah --json nowhere/x.json", "niah --json .", "niah --dtype half", "niah --data nowhere",
+    "ppl --lengths 99999999", "ppl --places 0", "ppl --split train", "ppl --split test", "ppl --data none",
+    "ppl --retriever best", *(f"sample --prompt x --temperature {t}" for t in ("-1", "nan", "inf")),
+    "sample --prompt x --sample_top_k 0", "sample --prompt x --sample_top_p 0", "sample --prompt x --tokens 0",
+    "sample --file nowhere", "sample --prompt x --file y", "sample", "speed --lengths 0", "speed --n_embd 64",
+    "tell", ""])
+def test_evaluation_flags(flags, needle_run, capsys):
+    command = flags.split()
+    if command and command[0] in ("niah", "ppl", "sample", "speed"):
+        command += ["--ckpt", needle_run[0] / "ckpt.pt", "--device", DEVICE.type]
+    one_line(capsys, evaluation.main, *command)
+
+
+# ---------------------------------------------------------------- files
+
+def broken_checkpoints(whole):
+    """{name: bytes or what to save} of files that are no checkpoints, made from one that is."""
+    state = torch.load(whole, weights_only=True)
+
+    def without(**change):
+        return {name: change.get(name, x) for name, x in state.items() if change.get(name, x) is not None}
+
+    return {
+        "empty": b"", "text": b"hello", "json": b"{}", "cut": whole.read_bytes()[:9000],
+        "cut at the end": whole.read_bytes()[:-1], "a list": [1, 2], "a tensor": torch.zeros(3),
+        "no config": without(config={}), "no parts": {}, "config of words": without(config="n_layer"),
+        "a foreign setting": without(config=state["config"] | dict(colour=3)),
+        "a billion layers": without(config=state["config"] | dict(n_layer=10 ** 9)),
+        "wide": without(config=state["config"] | dict(n_embd=2 ** 20)),
+        "of another type": without(config=state["config"] | dict(n_layer="2")),
+        "a weight missing": without(model=dict([*state["model"].items()][1:])),
+        "a weight of another shape": without(model=state["model"] | {"norm.weight": torch.zeros(3)}),
+        "no step": {name: x for name, x in state.items() if name != "step"},
+        "settings of words": without(settings="all")}
+
+
+@pytest.mark.parametrize("name", [
+    "empty", "text", "json", "cut", "cut at the end", "a list", "a tensor", "no config", "no parts",
+    "config of words", "a foreign setting", "a billion layers", "wide", "of another type", "a weight missing",
+    "a weight of another shape", "no step", "settings of words"])
+def test_broken_checkpoints(name, needle_run, tmp_path, capsys):
+    content, path = broken_checkpoints(needle_run[0] / "ckpt.pt")[name], tmp_path / "ckpt.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    shutil.copy(needle_run[0] / "log.csv", tmp_path)
+    assert str(path) in one_line(capsys, evaluation.main, "niah", "--ckpt", path, "--device", DEVICE.type)
+    assert str(path) in one_line(capsys, train.main, "--resume", "--out", tmp_path, "--device", DEVICE.type)
+
+
+def test_a_setting_of_another_type_in_a_checkpoint(needle_run, tmp_path, capsys):
+    state = torch.load(needle_run[0] / "ckpt.pt", weights_only=True)
+    state["settings"]["n_value"] = "six"
+    torch.save(state, tmp_path / "ckpt.pt")
+    error = one_line(capsys, evaluation.main, "niah", "--ckpt", tmp_path / "ckpt.pt", "--device", DEVICE.type)
+    assert "n_value of type int, got 'six'" in error
+
+
+def test_flipped_bits_are_found(tmp_path):
+    """Of every kind of file that torch.save writes: one bit anywhere in the tensors."""
+    model, rng = tiny(n_embd=16, n_head=1), np.random.default_rng(0)
+    memory = fast.Memory(model)
+    fast.read(model, random_tokens(1, 300), memory)
+    save_checkpoint(tmp_path / "ckpt.pt", model)
+    memory.save(tmp_path / "memory")
+    for name, load in (("ckpt.pt", lambda path: load_checkpoint(path, DEVICE)),
+                       ("memory", lambda path: fast.Memory.load(path, model))):
+        whole = (tmp_path / name).read_bytes()
+        found = 0
+        for _ in range(60):
+            data, i = bytearray(whole), int(rng.integers(len(whole)))
+            data[i] ^= 1 << int(rng.integers(8))
+            (tmp_path / "flipped").write_bytes(data)
+            try:
+                load(tmp_path / "flipped")
+            except ValueError as error:
+                assert "damaged" in str(error)
+                found += 1
+        assert found > 40                               # the rest is padding between the tensors, and dates
+
+
+def test_names_of_a_compiled_model_are_understood(tmp_path):
+    model = tiny()
+    save_checkpoint(tmp_path / "ckpt.pt", model)
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    state["model"] = {f"_orig_mod.{name}": x for name, x in state["model"].items()}
+    torch.save(state, tmp_path / "ckpt.pt")
+    loaded, _ = load_checkpoint(tmp_path / "ckpt.pt", DEVICE)
+    tokens = random_tokens(1, 50)
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("change", [
+    dict(length=301), dict(length=-1), dict(batch_size=2), dict(chunks=[]), dict(window=[]),
+    dict(unfinished=None), dict(serving=3), dict(format="2")])
+def test_memory_files_whose_parts_do_not_fit(change, tmp_path):
+    model = tiny()
+    memory = fast.Memory(model)
+    fast.read(model, random_tokens(1, 305), memory)
+    memory.save(tmp_path / "memory")
+    state = torch.load(tmp_path / "memory", weights_only=True)
+    torch.save(state | change, tmp_path / "memory")
+    with pytest.raises(ValueError, match="damaged"):
+        fast.Memory.load(tmp_path / "memory", model)
+
+
+def test_a_memory_of_a_model_that_differs_anywhere_is_refused(tmp_path):
+    model = tiny()
+    memory = fast.Memory(model)
+    memory.save(tmp_path / "memory")
+    with torch.no_grad():
+        model.layers[1].mlp.down.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="must be a memory of this model"):
+        fast.Memory.load(tmp_path / "memory", model)
+
+
+META = dict(tokenizer="bytes", vocab_size=256, splits=dict(train=dict(tokens=400), val=dict(tokens=400)))
+
+
+@pytest.mark.parametrize("meta", [
+    "", "{", "[]", "3", "null", "[" * 100_000, json.dumps(META | dict(splits=[])),
+    json.dumps(META | dict(splits=dict(train=3))), json.dumps(META | dict(tokenizer="words")),
+    json.dumps(META | dict(vocab_size="many")), json.dumps({"tokenizer": "bytes"})])
+def test_broken_corpora(meta, tmp_path, capsys):
+    for split in ("train", "val"):
+        np.zeros(400, np.uint16).tofile(tmp_path / f"{split}.bin")
+    (tmp_path / "meta.json").write_text(meta)
+    error = one_line(capsys, train.main, *TEXT_FLAGS, "--data", tmp_path, "--out", tmp_path / "run")
+    assert str(tmp_path) in error
+
+
+def test_a_corpus_of_short_documents_is_trained_on_and_measured(tmp_path):
+    """Half of a document is scored after the other half."""
+    for i in range(300):
+        (tmp_path / f"{i}.txt").write_text("twenty words make a short text " * 3)
+    corpus, out = tmp_path / "corpus", tmp_path / "run"
+    prepare.main(["text", str(tmp_path), "--out", str(corpus), "--tokenizer", "bytes"])
+    train.main([*TEXT_FLAGS, "--steps", "2", "--data", str(corpus), "--out", str(out)])
+    row, = json.loads((out / "ppl.json").read_text())["rows"]
+    assert row["length"] == 47 and row["scored"] == 8 * 46
+
+
+def test_a_corpus_without_any_words_is_refused_before_the_first_step(tmp_path, capsys):
+    for split in ("train", "val"):
+        np.zeros(400, np.uint16).tofile(tmp_path / f"{split}.bin")              # separators alone
+    (tmp_path / "meta.json").write_text(json.dumps(META))
+    error = one_line(capsys, train.main, *TEXT_FLAGS, "--data", tmp_path, "--out", tmp_path / "run")
+    assert "no document of two tokens" in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "3", '{"rows": []}', '{"rows": [3]}', '{"rows": {"a": 1}}', '{"rows": [{"length": 3}]}',
+    '{"rows": [{"perplexity": 3}]}', "\0", "[" * 9999])
+def test_reports_that_cannot_be_drawn(content, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "report.json").write_text(content)
+    error = one_line(capsys, evaluation.main, "plot", tmp_path / "report.json", "--out", tmp_path / "x.png")
+    assert "report.json" in error and not (tmp_path / "x.png").exists()
+
+
+def test_texts_that_are_not_utf8(needle_run, tmp_path, capsys):
+    (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
+    error = one_line(capsys, evaluation.main, "sample", "--ckpt", needle_run[0] / "ckpt.pt", "--file",
+                     tmp_path / "latin", "--device", DEVICE.type)
+    assert "latin must be UTF-8 text" in error
+
+
+@pytest.mark.parametrize("flags", ["text nowhere --out x", "text", "text . --tokenizer words --out x",
+                                   "books", "pg19 --out", ""])
+def test_preparation_flags(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_line(capsys, prepare.main, *flags.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_error_of_a_bug_says_where_it_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "learning_rate", lambda *_: int("a bug"))
+    error = refused(capsys, train.main, *TINY_FLAGS, "--steps", 2, "--out", tmp_path)
+    assert "ValueError in" in error and "test_mistakes.py, line" in error
+
+
+def test_as_many_different_values_as_there_are():
+    from tasks.needles import distinct
+    for n, high in ((128, 128), (64, 128), (6, 128), (3, 62 ** 4)):
+        x = distinct(np.random.default_rng(0), 50, n, high)
+        assert x.shape == (50, n) and x.max() < high and (np.diff(np.sort(x)) > 0).all()
+
+
+def test_reports_of_equal_names_are_two_curves(tmp_path):
+    from tools.plot import curves, run_names
+    paths = [tmp_path / run / "out" / "ckpt.pt" for run in ("run1", "run2")]
+    assert [*run_names(paths).values()] == ["run1/out", "run2/out"]
+    reports = [tmp_path / run / "ppl.json" for run in ("drt", "base")]
+    rows = [dict(model="out", length=1, perplexity=math.pi)]
+    assert [*curves(dict.fromkeys(reports, rows))] == ["drt: out", "base: out"]
