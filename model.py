@@ -326,7 +326,10 @@ class DRT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, n_new, temperature=1.0):
-        """Yield n_new tokens (B,) after tokens (B, T). Reads all again for each; fast.generate reads on."""
+        """Yield n_new tokens (B,) after tokens (B, T). Reads all again for each; fast.generate reads on.
+
+        After a question that does not end a chunk, use fast.generate, which pads prompts so that it does.
+        """
         for _ in range(n_new):
             logits = self(tokens)[0][:, -1].float()
             if temperature == 0:

@@ -64,7 +64,7 @@ class TrainConfig:
 # Settings of known runs; docs/ has their numbers. A flag overrides the preset, the preset the default.
 LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8, seq_len=16380,
           start_len=0, batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True,
-          validate_every=250, gca_residual=False)
+          validate_every=250, gca_residual=False)           # 16,380 tokens are 260 chunks of 63
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,

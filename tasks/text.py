@@ -3,8 +3,7 @@
     stdlib      the running Python's own library source, as bytes: real text without a download
     a folder    what `python -m tools.prepare` made: token ids in train.bin, val.bin, test.bin, and meta.json
 
-A task, here and in needles.py, is asked by train.py for its batch, its loss and its score on unseen text, and
-by eval.py for a table (measure).
+What each method of a task is for, tasks/__init__.py says.
 """
 import json
 import math

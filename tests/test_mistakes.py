@@ -50,8 +50,9 @@ def test_training_settings(flags, tmp_path, capsys):
     "niah --json nowhere/x.json", "niah --json .", "niah --dtype half", "niah --data nowhere",
     "ppl --lengths 99999999", "ppl --places 0", "ppl --split train", "ppl --split test", "ppl --data none",
     "ppl --retriever best", *(f"sample --prompt x --temperature {t}" for t in ("-1", "nan", "inf")),
-    "sample --prompt x --sample_top_k 0", "sample --prompt x --sample_top_p 0", "sample --prompt x --tokens 0",
-    "sample --file nowhere", "sample --prompt x --file y", "sample", "speed --lengths 0", "speed --n_embd 64",
+    "sample --prompt x --sample_top_k 0", "sample --prompt x --sample_top_p 0",
+    "sample --prompt x --tokens 0", "sample --file nowhere", "sample --prompt x --file y",
+    "sample", "speed --lengths 0", "speed --n_embd 64",
     "tell", ""])
 def test_evaluation_flags(flags, needle_run, capsys):
     command = flags.split()

@@ -101,7 +101,7 @@ def load_run(out, device):
 
 def check_space(out, n_parameter):
     """ValueError where there is no room for three checkpoints: the last, the one before, and a new one."""
-    needed, folder = 3 * 12 * n_parameter, out.absolute()
+    needed, folder = 3 * 12 * n_parameter, out.absolute()       # 12: a weight and AdamW's two averages
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
