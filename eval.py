@@ -7,6 +7,7 @@
     python eval.py plot drt.json base.json --out niah.png           pictures of what --json wrote
 """
 import codecs
+import os
 import resource
 import sys
 import time
@@ -56,7 +57,7 @@ class Reader:
     def pieces(self, model):
         """What reads, in words."""
         if not self.use_fast:
-            return "nothing, reads all at once by model.py"
+            return "nothing; model.py reads all at once"
         fast.apply(model)
         return ", ".join(["reads in segments (fast/stream.py)", fast.describe(model)]).removesuffix(", ")
 
@@ -111,7 +112,7 @@ def run_niah(args, device):
     settings = saved["settings"]
     require(TASKS.get(settings.get("task")) is Needles,
             f"--ckpt must be of a run with --task needles, got --task {settings.get('task')}")
-    cli.check_types(settings, fields(NeedleConfig) + fields(DRTConfig), args.ckpt)
+    cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)
     task = Needles(settings, load_corpus(args.data or settings["data"]))
     for length in args.lengths or [settings["seq_len"]]:
         task.check(length)
@@ -161,7 +162,7 @@ def run_speed(args, device):
 def run_sample(args, device):
     """Write a continuation of the text to the terminal, token by token, as it comes."""
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
-    text = read_text(args.file) if args.file else args.prompt
+    text = read_text(args.file) if args.file else typed(args.prompt)
     require(text, f"{'--file' if args.file else '--prompt'} must hold some text, got none")
     tokenizer = load_tokenizer(saved["tokenizer"])
     tokens = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
@@ -179,6 +180,14 @@ def read_text(path):
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file: {path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def typed(text):
+    """The text of a flag, which is UTF-8 whatever the locale says."""
+    try:
+        return os.fsencode(text).decode() if any("\ud800" <= c <= "\udfff" for c in text) else text
+    except UnicodeError:
+        raise ValueError("--prompt must be UTF-8 text") from None
 
 
 # ---------------------------------------------------------------- command line
@@ -210,7 +219,7 @@ def make_parser():
     speed.add_argument("--tokens", type=int, default=512, help="tokens to generate (%(default)s)")
     speed.add_argument("--compare", action="store_true", help="also a base LM and a full-attention model, "
                        "with two layers more")
-    speed.add_fields(fields(DRTConfig))
+    speed.add_fields(DRTConfig)
     sample = commands.add_parser("sample", description="Continue a text.")
     text = sample.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text")

@@ -20,9 +20,12 @@ Hq query heads, Hkv key/value heads (head h reads head h // (Hq / Hkv)), D width
 from __future__ import annotations
 
 import os
+import warnings
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.forward_ad import unpack_dual
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                    # lets `python gca.py` run on any machine
@@ -194,26 +197,53 @@ def backward_kv_kernel(Q, K, V, DO, W, Pairs, Offsets, DK, DV, scale, Sq, Sk, SL
 
 # ---------------------------------------------------------------- launching them, as a PyTorch op
 
-KERNEL_LIMITS = "float32, bfloat16 or float16, with D 16, 32, .. 256, at most 128 keys a chunk, 64 KiB a head"
+KERNEL_LIMITS = ("float32, bfloat16 or float16, with D 16, 32, .. 256, at most 128 keys a chunk, 64 KiB a "
+                 "head, and less where a GPU has little shared memory")
 
 
 def kernel_fits(q, k):              # whether the kernels take them
     n_key, D = k.shape[2], k.shape[4]
-    return (triton is not None and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and D in (16, 32, 64, 128, 256) and n_key <= 128
-            and triton.next_power_of_2(n_key) * D * k.element_size() <= 65536)
+    if (triton is None or q.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+            or D not in (16, 32, 64, 128, 256) or n_key > 128):
+        return False
+    keys, size = max(16, triton.next_power_of_2(n_key)), k.element_size()
+    return keys * D * size <= 65536 and tile_fits(16, keys, D, size, *gpu(q.device))
+
+
+@torch.compiler.assume_constant_result
+def gpu(device):                    # its compute capability, and the shared memory that a program may have
+    if device.type != "cuda":
+        return 9, 0                 # the interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.shared_memory_per_block_optin
+
+
+def tile_fits(rows, keys, D, size, major, memory):
+    """Whether the largest kernel, dK/dV, fits; by what compiled kernels need (tests/compiled.py)."""
+    if major >= 9:                                          # TMA: everything within KERNEL_LIMITS
+        return True
+    if major < 8:
+        needed = 8 * (keys * D + rows * D + rows * keys)
+    elif size == 4:
+        needed = 16 * (keys + rows) * D + 8 * rows * max(keys, D)
+    else:
+        needed = 4 * keys * D + 2 * rows * max(keys, D)
+    return needed <= memory
 
 
 def launch_options(q, k, softmax_one):
     """The kernels' compile-time arguments: tiles of all keys and 64 query rows, or fewer if large."""
-    D, exact = q.shape[4], q.dtype == torch.float32
+    D, size, exact = q.shape[4], q.element_size(), q.dtype == torch.float32
     keys = max(16, triton.next_power_of_2(k.shape[2]))
-    tile_bytes = keys * D * k.element_size()
+    tile_bytes = keys * D * size
     rows = min(q.shape[2], 16 if tile_bytes == 65536 else 32 if exact else 64)
+    rows = max(16, triton.next_power_of_2(rows))
+    while rows > 16 and not tile_fits(rows, keys, D, size, *gpu(q.device)):
+        rows //= 2
     large = exact or tile_bytes > 16384
     dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"         # x3: as exact as float32
-    return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=max(16, triton.next_power_of_2(rows)), KEYS=keys,
-                ONE=softmax_one, DOT=dot, num_warps=8 if large else 4, num_stages=1 if large else 2)
+    return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot,
+                num_warps=8 if large else 4, num_stages=1 if large else 2)
 
 
 def descriptor(x, rows):
@@ -319,6 +349,9 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
     check_arguments(dict(q=q, k=k, v=v, weights=weights, indices=indices), scale, backend)
     if backend == "auto":
         backend = "triton" if q.is_cuda and kernel_fits(q, k) else "reference"
+        if q.is_cuda and backend == "reference":
+            warn_once(f"gca runs on the slow reference: its kernels take {KERNEL_LIMITS}; "
+                      f"got {q.dtype}, D {q.shape[4]}, {k.shape[2]} keys")
     if backend == "reference" or not (q.numel() and k.numel()):
         return gca_reference(q, k, v, weights, indices, softmax_one, scale)
     if triton is None or not (q.is_cuda or INTERPRET):
@@ -326,6 +359,10 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
                            f"TRITON_INTERPRET=1; q is on {q.device}")
     require(kernel_fits(q, k), f"q, k and v for backend {backend!r} must be {KERNEL_LIMITS}; "
             f"got {q.dtype}, D {q.shape[4]}, {k.shape[2]} keys")
+    if not torch.compiler.is_compiling():
+        is_dual = any(unpack_dual(x).tangent is not None for x in (q, k, v, weights))
+        if is_dual:
+            raise RuntimeError("the kernels have no forward-mode derivatives: use backend='reference'")
     dtype = q.dtype
     if INTERPRET and dtype == torch.bfloat16:                   # the interpreter cannot multiply bfloat16
         q, k, v = q.float(), k.float(), v.float()
@@ -335,6 +372,11 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
 def require(condition, message):
     if not condition:
         raise ValueError(message)
+
+
+@lru_cache
+def warn_once(message):
+    warnings.warn(message, stacklevel=3)
 
 
 def check_arguments(tensors, scale, backend):

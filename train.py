@@ -48,7 +48,7 @@ class TrainConfig:
     batch_size: int = 64            # contexts in a batch, over all GPUs
     batch_tokens: int = 8192        # most tokens in a batch: long contexts come in smaller batches
     micro_batch: int = 0            # contexts that a GPU takes at once, their gradients added up; 0: all
-    steps: int = 480
+    steps: int = 480                # updates of the weights
     lr: float = 4e-3                # peak learning rate
     final_lr: float = 0.1           # where the cosine ends, as a share of the peak
     warmup: int = 50                # steps of linear warm-up
@@ -169,13 +169,14 @@ def make_parser():
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to; default: out")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
-    helps = {}
+    defaults = {}
     for field in FIELDS:
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
         if len(set(values.values())) > 1:
-            helps[field.name] = "default: " + ", ".join(f"{value} ({name})" for name, value in values.items())
+            defaults[field.name] = ", ".join(f"{name} {value}" for name, value in values.items())
     choices = dict(task=[*evaluation.TASKS], needle=["multi", "single"], dtype=["auto", *cli.DTYPES])
-    parser.add_fields(FIELDS, choices, helps)
+    parser.add_fields(TrainConfig, NeedleConfig, DRTConfig, choices=choices, defaults=defaults,
+                      leave_out=["vocab_size"])                         # the corpus has that
     return parser
 
 
@@ -272,7 +273,8 @@ def main(argv=None):
 def final_table(out, task, device, config):
     """What the checkpoint can do, on the terminal and in niah.json or ppl.json."""
     model, saved = load_checkpoint(out / "ckpt.pt", device)
-    print(f"\n{task.TITLE} ({cli.hardware(device)}):")
+    print(f"\n{out}/ckpt.pt and log.csv are written; now to {task.REPORT}, which eval.py can make again.")
+    print(f"{task.TITLE} ({cli.hardware(device)}):")
     read = evaluation.Reader(device, cli.pick_dtype(config.dtype, device), config.fast)
     rows = evaluation.measure(task, {out.absolute().name: model}, read)
     cli.save_report(out / task.REPORT, saved["settings"], device, rows)

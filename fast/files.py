@@ -27,8 +27,10 @@ def atomic_file(path):
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error.__context__, OSError) and isinstance(error, RuntimeError):
-            raise error.__context__ from None           # torch.save's own words hide that the disk is full
-        raise
+            error = error.__context__                   # torch.save's own words hide that the disk is full
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)
+        raise error from None
 
 
 def load_saved(path, what, parts):

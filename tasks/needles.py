@@ -31,7 +31,7 @@ VALUES = 128        # values are bytes from here up, which source code hardly co
 @dataclass
 class NeedleConfig:
     needle: str = "multi"           # multi: up to n_needle needles in a context, all asked for; single: one
-    n_needle: int = 3
+    n_needle: int = 3               # in a context, and as many questions
     n_value: int = 6                # bytes in a needle's value
     straddle: bool = False          # True: needles lie anywhere; False: each inside one chunk
     grow_at: float = 0.9            # answer accuracy at which the context doubles
@@ -213,4 +213,4 @@ if __name__ == "__main__":
     tokens, _, _ = needle_batch(stdlib_corpus().val, np.random.default_rng(), 1, 128, 16, 3, 6)
     for i in range(0, 128, 15):
         chunk = bytes(tokens[0, i:i + 15].tolist())
-        print(f"{i // 15:4}  {chunk.decode('ascii', errors='backslashreplace')!r}")
+        print(f"{i // 15:4}  {str(chunk)[2:-1]}")

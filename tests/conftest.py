@@ -14,7 +14,7 @@ from helpers import TEXT_FLAGS, TINY_FLAGS, command  # noqa: E402
 def needle_run(tmp_path_factory):
     """The folder of a needle run of 20 steps, and what it printed."""
     out = tmp_path_factory.mktemp("needles")
-    flags = *TINY_FLAGS, "--n_value", 1, "--steps", 20, "--seq_len", 64
+    flags = *TINY_FLAGS, "--n_value", 1, "--n_needle", 8, "--steps", 20, "--seq_len", 64
     return out, command("train.py", "--out", out, *flags).stdout
 
 

@@ -178,6 +178,33 @@ def test_hopper_kernels_are_as_exact_as_tritons(Sq, Sk, K, Hq, Hkv, D, size, dty
         assert ours <= bound * theirs + 1e-6 * z.norm(), f"{name}: error {ours:.1e}, Triton's {theirs:.1e}"
 
 
+# ---------------------------------------------------------------- for GPUs that are not here
+
+COMPILED = """
+import sys
+sys.path.insert(0, "tests")
+import compiled, torch
+sys.exit(compiled.main({targets}, [torch.{dtype}], [{D}], [{n_key}]))
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("targets, dtype, D, n_key", [
+    ([80, 86, 120], "float32", 64, 64), ([80, 86], "float32", 64, 128), ([75, 86], "float32", 128, 128),
+    ([75], "bfloat16", 128, 64), ([86], "bfloat16", 256, 64)])
+def test_tiles_fit_into_the_shared_memory_of_other_gpus(targets, dtype, D, n_key):
+    """A few of the many that `python tests/compiled.py` compiles."""
+    done = compiling(COMPILED.format(targets=targets, dtype=dtype, D=D, n_key=n_key))
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def compiling(source):
+    """Run a program that compiles kernels, which the interpreter would not do."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", source], env=env, cwd=ROOT,
+                          capture_output=True, text=True)
+
+
 HOPPER_SOURCES = """
 import triton
 from fast import hopper
@@ -204,7 +231,5 @@ for kernel in (hopper.forward_kernel, hopper.backward_q_kernel, hopper.backward_
 
 
 def test_hopper_kernels_compile_on_any_machine():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", HOPPER_SOURCES], env=env, cwd=ROOT, capture_output=True,
-                          text=True)
+    done = compiling(HOPPER_SOURCES)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+import fast  # noqa: F401 (it adds a backend)
 import gca as gca_module
 from gca import flash_backward, flash_forward, gca, gca_reference
-from test_gca import DEVICE, inputs, kernel, needs_triton
+from test_gca import DEVICE, assert_matches, inputs, kernel, needs_triton
 
 
 class Layer(torch.nn.Module):
@@ -115,6 +116,30 @@ def test_a_machine_that_cannot_run_the_kernel_is_told_so(monkeypatch):
         with pytest.raises(RuntimeError, match=r"needs Triton \(Linux: pip install triton\) and a GPU"):
             kernel(*tensors)
     assert torch.equal(gca(*tensors), gca_reference(*tensors))
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["triton", "fast"])
+def test_forward_mode_derivatives_are_refused(backend):
+    q, *others = inputs()
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda q: gca(q, *others, backend=backend), (q,), (q,))
+    wanted = torch.func.jvp(lambda q: gca(q, *others, backend="reference"), (q,), (q,))[1]
+    assert wanted.abs().max() > 0
+
+
+@needs_triton
+def test_a_gpu_without_room_for_the_tiles_takes_fewer_rows_or_the_reference(monkeypatch):
+    q, k, v, weights, indices = inputs(Sq=64, Sk=64, D=64)
+    for dtype, device, rows in ((torch.float32, (7, 64), 32), (torch.float32, (8, 163), 32),
+                                (torch.float32, (8, 99), 16), (torch.float16, (7, 64), 32),
+                                (torch.float16, (8, 99), 64), (torch.float32, (8, 48), None)):
+        monkeypatch.setattr(gca_module, "gpu", lambda _, device=device: (device[0], device[1] * 1024))
+        tensors = [x.to(dtype) for x in (q, k, v)]
+        assert gca_module.kernel_fits(*tensors[:2]) == (rows is not None)
+        if rows:
+            assert gca_module.launch_options(*tensors[:2], True)["ROWS"] == rows
+            assert_matches(kernel, (*tensors, weights, indices))
 
 
 def test_nothing_gives_nothing():

@@ -1,14 +1,18 @@
 """What all command lines share: flags from dataclasses, mistakes in one line, tables and reports."""
 import argparse
 import functools
+import inspect
+import itertools
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import traceback
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +35,18 @@ def program(main):
     """
     @functools.wraps(main)
     def run(argv=None):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:              # closed by whoever started the program
+                setattr(sys, name, open(os.devnull, "w"))
         with signals(raise_signal):
             try:
                 result = main(argv)
                 sys.stdout.flush()
                 return result
             except KeyboardInterrupt:
-                end(130, "interrupted")
+                end(130, "interrupted", os._exit)       # at once: no waiting for threads and workers
             except Terminated:
-                end(143, "terminated")
+                end(143, "terminated", os._exit)
             except BrokenPipeError:                     # `| head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 sys.exit(141)
@@ -68,16 +75,14 @@ def origin(error):
     return "" if on_purpose else f" ({type(error).__name__} in {frame.filename}, line {frame.lineno})"
 
 
-def end(status, message):
-    """Say why on stderr, in one line, and end. Every process of a group says its own reason."""
+def end(status, message, leave=sys.exit):
+    """Say why on stderr, in one line, and leave. Every process of a group says its own reason."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = f"process {rank} of {size}: " if rank != "0" else ""
     line = f"error: {who}{message}".replace("\n", " ")
-    if sys.stdout:
-        sys.stdout.flush()
-    if sys.stderr:
-        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
-    sys.exit(status)
+    sys.stdout.flush()
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    leave(status)
 
 
 @contextmanager
@@ -95,8 +100,8 @@ def signals(handler):
     try:
         yield
     finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
+        for number, previous in old.items():            # after one signal, another may end what is left to do
+            signal.signal(number, signal.SIG_DFL if seen else previous)
 
 
 def raise_signal(number):
@@ -114,12 +119,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         end(2, message)
 
-    def add_fields(self, fields, choices=None, helps=None):
-        """A flag for each field of a dataclass, None where it is not given."""
-        for field in fields:
-            kind = boolean if type(field.default) is bool else type(field.default)
-            self.add_argument(f"--{field.name}", type=kind, choices=(choices or {}).get(field.name),
-                              help=(helps or {}).get(field.name, f"default: {field.default}"))
+    def add_fields(self, *configs, leave_out=(), choices=None, defaults=None):
+        """A flag for each field of these dataclasses, None where it is not given; its comment is the help.
+
+        defaults: words in place of the field's default.
+        """
+        for config in configs:
+            comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config), re.M))
+            for field in fields(config):
+                if field.name not in leave_out:
+                    kind = boolean if type(field.default) is bool else type(field.default)
+                    default = (defaults or {}).get(field.name, field.default)
+                    self.add_argument(f"--{field.name}", type=kind, choices=(choices or {}).get(field.name),
+                                      help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
 
 
 def boolean(text):
@@ -128,9 +140,9 @@ def boolean(text):
     return text.lower() == "true"
 
 
-def check_types(values, fields, path):
-    """ValueError unless values, read from path, has these fields of dataclasses, of their types."""
-    for field in fields:
+def check_types(values, configs, path):
+    """ValueError unless values, read from path, has the fields of these dataclasses, of their types."""
+    for field in itertools.chain(*map(fields, configs)):
         kind = type(field.default)
         value = values.get(field.name)
         fits = isinstance(value, kind) or kind is float and type(value) is int

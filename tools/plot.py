@@ -37,11 +37,11 @@ PANELS = dict(token_accuracy="answer tokens right, %", perplexity="perplexity",
 
 def plot(reports, path):
     """One curve for each model of each report; needs matplotlib. All reports must be of one kind."""
+    tables = {report: load_report(report) for report in reports}
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from error
-    tables = {report: load_report(report) for report in reports}
     kinds = {report: next(key for key in PANELS if key in rows[0]) for report, rows in tables.items()}
     kind = next(iter(kinds.values()))
     for report in tables:

@@ -6,8 +6,11 @@
 """
 import hashlib
 import json
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -99,16 +102,23 @@ def split_that_is_there(out, split, source):
     return None
 
 
-def ignore_signals():                   # in worker processes: the main process ends them
+def end_with_parent():
+    """In a worker process: the main process ends it, and if that was killed, it ends by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def wait_for_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def write_split(path, documents, number, tokenizer, errors):
     """Tokenize documents, in order and in parallel, into one .bin; atomic. Returns counts and a hash."""
     count, documents, work = Counter(), iter(documents), partial(tokenize, tokenizer=tokenizer, errors=errors)
     written = hashlib.sha256()
-    pool = ProcessPoolExecutor(initializer=ignore_signals)
+    pool = ProcessPoolExecutor(initializer=end_with_parent)
     try:
         with atomic_file(path) as file, tqdm(desc=path.stem, total=number, unit="document") as bar:
             while group := list(islice(documents, 256)):        # a pool would read all of a stream at once
