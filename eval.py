@@ -177,7 +177,9 @@ def run_sample(args, device):
 
 def read_text(path):
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise ValueError(f"--file: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--file: {path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
 
@@ -266,7 +268,7 @@ def main(argv=None):
     require(0 <= args.seed < 2 ** 63, f"--seed must be in 0 .. 2 ** 63 - 1, got {args.seed}")
     for name in ("questions", "tokens", "places"):
         value = getattr(args, name, None)
-        require(value is None or 1 <= value <= 10 ** 9, f"--{name} must be in 1 .. 10 ** 9, got {value}")
+        require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
     cli.check_writable("--json", getattr(args, "json", None))
     device = cli.pick_device(args.device)
     torch.manual_seed(args.seed)

@@ -32,6 +32,7 @@ from tools.run import (
     check_space,
     flops_per_token,
     load_checkpoint,
+    load_optimizer,
     load_run,
     prepare_folder,
     seed_step,
@@ -88,12 +89,12 @@ def train(config, model, task, run, saved):
     optimizer = make_optimizer(model, config)
     step, length = 0, task.lengths()[0]
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
         step, length = saved["step"], saved["length"]
     objective = ranks.objective(model, task.loss, find_unused=model.config.retriever != "learned")
     dtype = cli.pick_dtype(config.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    done, stopped = step == config.steps, False
+    done, stopped = step >= config.steps, False
     with run.start(step):
         while not (done or stopped):
             n_context = contexts_in_batch(config, length)
@@ -191,7 +192,11 @@ def settings(args, device, saved):
         before = saved["settings"].get(name, defaults[name])
         require(name in ("steps", "checkpoint_every", "micro_batch", "fast") or value == before,
                 f"--resume: the run in {args.out} has --{name} {before}, got {value}")
-    return defaults | saved["settings"] | given
+    chosen = defaults | saved["settings"] | given
+    cli.check_types(chosen, [TrainConfig, NeedleConfig, DRTConfig], f"{args.out}/ckpt.pt", ["vocab_size"])
+    require(chosen["steps"] >= saved["step"],
+            f"--steps must be at least the {saved['step']} of the run in {args.out}, got {chosen['steps']}")
+    return chosen
 
 
 def pick(config_class, chosen, **others):
@@ -243,8 +248,11 @@ def main(argv=None):
             f"got {corpus.tokenizer} in {chosen['data']}")
     config = pick(TrainConfig, chosen)
     model_config = pick(DRTConfig, chosen, vocab_size=corpus.vocab_size)
+    require(config.task in evaluation.TASKS, f"--task must be a task, got {config.task}")
     task = evaluation.TASKS[config.task](chosen, corpus)
     check(config, task, ranks.size)
+    require(not saved or saved["config"] == asdict(model_config) and saved["length"] in task.lengths(),
+            f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")
     check_space(args.out, sum(shape.numel() for shape in shapes(model_config).values()))
 
     torch.manual_seed(config.seed)
@@ -266,8 +274,8 @@ def main(argv=None):
         print(f"\nStopped by {name} after step {step}; go on with --resume --out {args.out}", flush=True)
         sys.exit(128 + (run.signal or signal.SIGTERM))
     if ranks.rank == 0:
-        lock.close()
         final_table(args.out, task, device, config)
+        lock.close()
 
 
 def final_table(out, task, device, config):

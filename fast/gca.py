@@ -214,7 +214,7 @@ def add_pieces_kernel(DK, DV, PieceK, PieceV, Offsets, Items, n_piece, Ck, Hkv, 
             dk = load_tile(DK, number, 0, h, KEYS, D).to(tl.float32)
             dv = load_tile(DV, number, 0, h, KEYS, D).to(tl.float32)
             stop = item + (tl.load(Offsets + b * (Ck + 1) + chunk + 1) - first - 1) // SEGMENT
-            for later in tl.range(item, stop, num_stages=3 if D * KEYS <= 8192 else 1):
+            for later in tl.range(item, stop, num_stages=3 if D * KEYS <= 4096 else 1):
                 dk += load_tile(PieceK, b * n_piece + later, 0, h, KEYS, D)
                 dv += load_tile(PieceV, b * n_piece + later, 0, h, KEYS, D)
             store_tile(DK, number, 0, h, dk, KEYS, D)

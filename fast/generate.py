@@ -99,7 +99,8 @@ def sample(logits, temperature, top_k=None, top_p=None):
     """Draw one token for each row of logits (B, vocab_size) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-6)    # finite, however cold
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))

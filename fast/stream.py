@@ -257,14 +257,17 @@ def inner_products(query, landmarks):
 def first_largest(x, k):
     """Indices of the k largest along the last axis, in order; of equal numbers the first (a stable sort).
 
-    Equal scores are rare. So there is one look for them, and only if they are there, a second choice: those
-    above the smallest one chosen, and of those equal to it the first.
+    Equal scores are rare. So it chooses one more than asked for, which shows whether the last one chosen has
+    equals. Only then it chooses again: those above that one, and of those equal to it the first.
     """
-    chosen = largest(x, k).sort().values
+    chosen = largest(x, k + 1).sort().values
     values, order = x.gather(-1, chosen).sort(descending=True, stable=True)
-    chosen, least = chosen.gather(-1, order), values[..., -1:]
-    if ((x >= least) & (least > float("-inf"))).sum(-1).max() <= chosen.shape[-1]:
+    chosen = chosen.gather(-1, order)
+    if chosen.shape[-1] <= k:
         return chosen
+    least = values[..., k - 1:k]
+    if not ((values[..., k:] == least) & (least > float("-inf"))).any():
+        return chosen[..., :k]
     position = torch.arange(x.shape[-1], device=x.device, dtype=torch.float32)
     rank = torch.where(x > least, 1.0, torch.where(x == least, -position, float("-inf")))
     chosen = largest(rank, k).sort().values

@@ -10,6 +10,7 @@ import torch
 import eval as evaluation
 import fast
 import train
+from fast.generate import sample
 from helpers import DEVICE, TEXT_FLAGS, TINY_FLAGS, random_tokens, refused, tiny
 from tools import prepare
 from tools.run import load_checkpoint, save_checkpoint
@@ -198,7 +199,10 @@ def test_a_corpus_without_any_words_is_refused_before_the_first_step(tmp_path, c
 
 @pytest.mark.parametrize("content", [
     "", "[]", "3", '{"rows": []}', '{"rows": [3]}', '{"rows": {"a": 1}}', '{"rows": [{"length": 3}]}',
-    '{"rows": [{"perplexity": 3}]}', "\0", "[" * 9999])
+    '{"rows": [{"perplexity": 3}]}', '{"rows": [{"length": 1, "perplexity": 3}, {"length": 2}]}', "\0",
+    '{"rows": [{"length": 1%s, "perplexity": 3}]}' % ("0" * 400), "[" * 9999,
+    '{"rows": [{"length": 0, "perplexity": 3}]}', '{"rows": [{"length": 1, "perplexity": "x"}]}',
+    '{"rows": [{"length": 1, "perplexity": 3, "model": [3]}]}'])
 def test_reports_that_cannot_be_drawn(content, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "report.json").write_text(content)
@@ -241,3 +245,75 @@ def test_reports_of_equal_names_are_two_curves(tmp_path):
     reports = [tmp_path / run / "ppl.json" for run in ("drt", "base")]
     rows = [dict(model="out", length=1, perplexity=math.pi)]
     assert [*curves(dict.fromkeys(reports, rows))] == ["drt: out", "base: out"]
+
+
+# ---------------------------------------------------------------- what came out of trying to break it
+
+def changed(state, where, value):
+    """A checkpoint's state with one part replaced: where is a path of names."""
+    *path, last = where.split(".")
+    part = state
+    for name in path:
+        part = part[name]
+    part[last] = value
+    return state
+
+
+@pytest.mark.parametrize("where, value", [
+    ("optimizer", {}), ("optimizer.param_groups", 3), ("optimizer.state", {}), ("settings", {}),
+    ("settings.n_embd", 32), ("settings.lr", "x"), ("settings.data", 3), ("settings.seed", 1.5),
+    ("settings.task", 3), ("settings.task", "cook"), ("settings.dtype", "f"), ("length", 0),
+    ("length", 10 ** 12), ("step", -1), ("step", 99), ("config.window", 5)])
+def test_checkpoints_that_were_edited_do_not_resume(where, value, needle_run, tmp_path, capsys):
+    torch.save(changed(torch.load(needle_run[0] / "ckpt.pt", weights_only=True), where, value),
+               tmp_path / "ckpt.pt")
+    shutil.copy(needle_run[0] / "log.csv", tmp_path)
+    before = (tmp_path / "log.csv").read_bytes()
+    one_line(capsys, train.main, "--resume", "--out", tmp_path, "--device", DEVICE.type)
+    assert (tmp_path / "log.csv").read_bytes() == before
+
+
+def test_fewer_steps_than_were_taken(needle_run, capsys):
+    error = one_line(capsys, train.main, "--resume", "--steps", 5, "--out", needle_run[0])
+    assert "--steps must be at least the 20" in error
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "binary"])
+def test_a_damaged_log_does_not_stop_a_run(damage, text_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "final_table", lambda *_: None)
+    shutil.copy(text_run / "ckpt.pt", tmp_path)
+    log = (text_run / "log.csv").read_bytes()
+    if damage != "missing":
+        (tmp_path / "log.csv").write_bytes(log[:len(log) // 2] if damage == "cut" else b"\xff\xfe\n" * 4)
+    train.main(["--resume", "--steps", "42", "--out", str(tmp_path), "--device", DEVICE.type])
+    assert "of the 40 rows before this step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", ["RANK=0 WORLD_SIZE=0", "RANK=x WORLD_SIZE=2", "RANK=2 WORLD_SIZE=2",
+                                   "RANK=1", "WORLD_SIZE=2", "RANK=0 WORLD_SIZE=2"])
+def test_groups_that_torchrun_did_not_start(group, tmp_path, capsys, monkeypatch):
+    for pair in group.split():
+        monkeypatch.setenv(*pair.split("="))
+    error = one_line(capsys, train.main, *TINY_FLAGS, "--out", tmp_path / "new")
+    assert "torchrun" in error and not (tmp_path / "new").exists()
+
+
+def test_the_current_folder_is_not_moved_aside(tmp_path, capsys, monkeypatch):
+    (tmp_path / "log.csv").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for out in (".", tmp_path):
+        assert "current folder" in one_line(capsys, train.main, *TINY_FLAGS, "--out", out)
+    assert (tmp_path / "log.csv").read_text() == "mine"
+
+
+def test_a_prompt_typed_in_another_locale():
+    assert evaluation.typed("é".encode().decode("ascii", errors="surrogateescape")) == "é"
+    with pytest.raises(ValueError, match="--prompt must be UTF-8"):
+        evaluation.typed("\udcff")
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-6, 1e300])
+def test_temperatures_at_the_edge(temperature):
+    logits = torch.tensor([[0.0, 50.0, -1e4], [3.0, 1.0, 2.0]])
+    tokens = sample(logits, temperature)
+    assert temperature > 1 or tokens.tolist() == [1, 0]

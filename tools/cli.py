@@ -23,6 +23,10 @@ from gca import require, triton
 
 # ---------------------------------------------------------------- how a program ends
 
+LOWER = ("to train, lower --batch_tokens, --micro_batch or the model's sizes; to read, lower --lengths, or "
+         "use --offload where there is a GPU")
+
+
 class Terminated(BaseException):
     """SIGTERM came."""
 
@@ -51,11 +55,9 @@ def program(main):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 sys.exit(141)
             except torch.OutOfMemoryError as error:
-                first = str(error).split(". ")[0]
-                end(2, f"{first}: lower --batch_size, --batch_tokens, --micro_batch or the model's sizes; "
-                       "to read a long text, use --offload")
+                end(2, f"{str(error).split('. ')[0]}: {LOWER}")
             except MemoryError as error:
-                end(2, f"out of memory: lower --batch_size, --batch_tokens or the model's sizes ({error})")
+                end(2, f"out of memory ({error}): {LOWER}")
             except OSError as error:
                 name = f"{error.filename}: " if error.filename else ""
                 end(2, f"{name}{error.strerror or error}")
@@ -64,7 +66,7 @@ def program(main):
             except RuntimeError as error:
                 if "can't allocate memory" not in str(error):
                     raise
-                end(2, "out of memory: lower --batch_size, --batch_tokens or the model's sizes")
+                end(2, f"out of memory: {LOWER}")
     return run
 
 
@@ -104,6 +106,17 @@ def signals(handler):
             signal.signal(number, signal.SIG_DFL if seen else previous)
 
 
+@contextmanager
+def default_signals():
+    """A signal ends the process at once in here, also while it waits outside of Python."""
+    old = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
 def raise_signal(number):
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
@@ -140,9 +153,11 @@ def boolean(text):
     return text.lower() == "true"
 
 
-def check_types(values, configs, path):
+def check_types(values, configs, path, leave_out=()):
     """ValueError unless values, read from path, has the fields of these dataclasses, of their types."""
     for field in itertools.chain(*map(fields, configs)):
+        if field.name in leave_out:
+            continue
         kind = type(field.default)
         value = values.get(field.name)
         fits = isinstance(value, kind) or kind is float and type(value) is int
@@ -166,6 +181,7 @@ DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.floa
 def pick_dtype(name, device):
     """'auto' is bfloat16 on a GPU that has it, float16 on one that has not, and float32 on a CPU."""
     if name != "auto":
+        require(name in DTYPES, f"--dtype must be auto or one of {', '.join(DTYPES)}, got {name}")
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32

@@ -1,5 +1,6 @@
 """Pictures of what eval.py's --json wrote, by context length."""
 import json
+import math
 from pathlib import Path
 
 from gca import require
@@ -20,9 +21,10 @@ def load_report(path):
     """The rows of a report; ValueError if it is not one."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        kind = next(key for key in PANELS if key in rows[0])
         for row in rows:
-            require(isinstance(row["length"], int), "no length")
-        require(rows and any(key in rows[0] for key in PANELS), "nothing to draw")
+            require(type(row["length"]) is int and abs(math.log(row["length"])) < 50, "no length")
+            require(math.isfinite(row[kind]) and isinstance(row.get("model", ""), str), "nothing to draw")
     except OSError:
         raise
     except Exception as error:                              # whatever foreign JSON makes of these lines
@@ -51,7 +53,8 @@ def plot(reports, path):
                                 layout="constrained", squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
         for name, rows in curves(tables).items():
-            axis.plot([row["length"] for row in rows], [row[key] for row in rows], "o-", label=name)
+            axis.plot([row["length"] for row in rows], [row[key] for row in rows], "o-",
+                      label=name.replace("$", r"\$"))
         axis.set(xscale="log", xlabel="tokens of context", ylabel=PANELS[key])
         if key == "token_accuracy":
             axis.set(ylim=(-3, 103))
@@ -59,7 +62,10 @@ def plot(reports, path):
             axis.set(yscale="log")
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:                             # of the name's ending
+        raise ValueError(f"--out: {path}: {error}") from None
 
 
 def curves(tables):

@@ -89,7 +89,10 @@ def load_run(out, device):
     """The state of the run in out; ValueError if it is damaged, which says so if there is one before it."""
     path, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
     try:
-        return load_checkpoint(path, device, RUN_PARTS)[1]
+        state = load_checkpoint(path, device, RUN_PARTS)[1]
+        if state["step"] < 1:
+            raise Damaged(f"{path} is damaged: its step is {state['step']}")
+        return state
     except Damaged as error:
         try:
             step = load_checkpoint(previous, device, RUN_PARTS)[1]["step"]
@@ -97,6 +100,16 @@ def load_run(out, device):
             raise error from None
         raise ValueError(f"{error}; the checkpoint before it is whole: mv {previous} {path}, then --resume "
                          f"from step {step}") from None
+
+
+def load_optimizer(optimizer, state):
+    """ValueError if the state is not one of this optimizer."""
+    try:
+        optimizer.load_state_dict(state)
+        require(state["state"] and all(p.shape == optimizer.state[p][name].shape for p in optimizer.state
+                                       for name in ("exp_avg", "exp_avg_sq")), "other tensors")
+    except Exception as error:              # whatever torch makes of foreign numbers
+        raise Damaged("the checkpoint is damaged: its optimizer is not that of its model") from error
 
 
 def check_space(out, n_parameter):
@@ -114,8 +127,11 @@ def prepare_folder(out, resume):
 
     Returns what holds the lock. ValueError if another process writes there.
     """
+    require(not out.exists() or out.is_dir(), f"--out: {out} must be a folder, it is a file")
     if out.is_dir() and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.csv")):
         lock(out).close()                       # not while it is being written
+        around_us = [Path.cwd(), *Path.cwd().parents]
+        require(out.resolve() not in around_us, f"--out: {out} holds a run, and this is the current folder")
         number = next(i for i in range(1, 10 ** 9) if not out.with_name(f"{out.name}.{i}").exists())
         aside = out.absolute().with_name(f"{out.absolute().name}.{number}")
         out.rename(aside)
@@ -140,14 +156,19 @@ class Ranks:
     """What torchrun says of this process: number `rank` of `size`. Without it, the only one."""
 
     def __init__(self, device):
-        require(("RANK" in os.environ) == ("WORLD_SIZE" in os.environ),
-                "RANK and WORLD_SIZE must both be set or both not: start processes with torchrun")
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+        is_group = rank is not None or size is not None
+        if is_group:
+            require(rank and size and rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+                    and (size == "1" or {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}),
+                    "RANK and WORLD_SIZE must be torchrun's: start several processes with torchrun")
+        self.rank, self.size = int(rank or 0), int(size or 1)
         self.device = device
         if self.size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            with cli.default_signals():                 # it waits in C++ for the others
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     def mean(self, x):
         """The mean over all processes, in place; every one of them must call it."""
@@ -272,7 +293,10 @@ class Run:
 
 def open_log(path, columns, step):
     """log.csv, ready for the row after `step`; rows that a resumed run will write again are dropped."""
-    kept = path.read_text().splitlines()[1:step + 1] if step and path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
+    kept = text.splitlines()[1:step + 1]
+    if len(kept) < step:
+        print(f"{path} has {len(kept)} of the {step} rows before this step; it goes on without the others")
     with atomic_file(path) as file:
         file.write("".join(line + "\n" for line in [",".join(columns), *kept]).encode())
     return open(path, "a", newline="")
