@@ -1,6 +1,7 @@
 """Corpora for train.py --data: token ids in train.bin, val.bin (and test.bin), uint16, and meta.json.
 
     python -m tools.prepare text FOLDER --out data/mine     a folder of .txt files, one document a file
+    python -m tools.prepare packages                        the source of the installed Python packages
     python -m tools.prepare pg19                            the paper's corpora, from the Hugging Face hub
     python -m tools.prepare arxiv-math                      (they need the package datasets)
 """
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from fast.files import atomic_file
 from gca import require
 from tasks.text import load_tokenizer
-from tools import cli
+from tools import cli, packages
 
 # ---------------------------------------------------------------- a folder of text -> a corpus
 
@@ -151,6 +152,18 @@ def prepare_text(folder, out, tokenizer, errors):
             out, tokenizer, errors)
 
 
+def prepare_packages(out, tokenizer, most):
+    """The installed packages -> a corpus in out, and what went where."""
+    splits, dropped = packages.documents(most)
+    work = {}
+    for split, texts in splits.items():
+        sizes = ", ".join(f"{name} {len(text) / 1e6:.1f}" for name, text in texts.items())
+        print(f"{split}: {sizes} million characters; {dropped[split]} files dropped that another split has")
+        identity = [(name, digest(text.encode())) for name, text in texts.items()]
+        work[split] = texts.values(), len(texts), identity
+    prepare(work, out, tokenizer)
+
+
 # Data sets of the paper (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
 # the splits there, and which rows are meant. The arXiv part of proof-pile is ArXiv-math.
 PROOF_PILE = "hf://datasets/hoskinson-center/proof-pile"
@@ -193,6 +206,11 @@ def main(argv=None):
     text.add_argument("--out", type=Path, required=True, help="folder to write train.bin and val.bin to")
     text.add_argument("--errors", choices=["strict", "replace"], default="strict",
                       help="what is not UTF-8: skip the document, or replace the characters (%(default)s)")
+    installed = commands.add_parser("packages", description="The source of the installed Python packages and "
+                                    "of the standard library, a document a package, four spaces as a tab.")
+    installed.add_argument("--out", type=Path, default=Path("data/code"), help="default: %(default)s")
+    installed.add_argument("--most", type=int, default=400, help="millions of characters to train on "
+                           "(default: %(default)s)")
     for name in DATASETS:
         download = commands.add_parser(name, description=f"Download {name} (needs the package datasets).")
         download.add_argument("--out", type=Path, default=Path("data") / name, help="default: %(default)s")
@@ -203,6 +221,9 @@ def main(argv=None):
     if args.command == "text":
         require(args.folder.is_dir(), f"FOLDER: no folder {args.folder}")
         prepare_text(args.folder, args.out, args.tokenizer, args.errors)
+    elif args.command == "packages":
+        require(args.most > 0, f"--most must be positive, got {args.most}")
+        prepare_packages(args.out, args.tokenizer, args.most * 10 ** 6)
     else:
         prepare_dataset(args.command, args.out, args.tokenizer)
 

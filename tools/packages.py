@@ -1,0 +1,102 @@
+"""The source of the installed Python packages and of the standard library: a corpus without a download.
+
+A document is a package: its files in sorted order, each below a line with its path. Indentation by four
+spaces is written as a tab, because GPT-2 has no token for many spaces. Code repeats itself over long
+distances, so a language model gains from what it can look up.
+"""
+import hashlib
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+from gca import require
+
+LEAST = 200_000             # characters of a package
+LARGE = 400_000             # of a document that is long enough to measure long contexts in
+N_LARGE = 3                 # such documents in the validation and test splits, at least,
+ENOUGH = 0.03               # and this share of all characters
+TOO_MUCH = 0.08             # of all characters: larger packages are for training
+VENDORED = {"_vendor", "vendor", "_vendored_packages", "vendored", "third_party", "_third_party", "externals",
+            "extern", "__pycache__", "node_modules", "site-packages", "dist-packages"}
+
+
+def installed_packages():
+    """{package: {name: path} of its files}; the single modules of the standard library are `python`."""
+    packages = {}
+    for kind in ("purelib", "platlib", "stdlib"):
+        folder = Path(sysconfig.get_path(kind))
+        for path in sorted(folder.rglob("*.py")):
+            inside = path.relative_to(folder)
+            if not VENDORED & {*inside.parts}:
+                of_a_module = "python" if kind == "stdlib" else inside.stem
+                name = inside.parts[0] if len(inside.parts) > 1 else of_a_module
+                packages.setdefault(name, {})[inside.as_posix()] = path
+    return packages
+
+
+def read_package(files):
+    """{name: text} of its files that can be read and are UTF-8."""
+    texts = {}
+    for name, path in files.items():
+        try:
+            text = path.read_bytes().decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text.strip() and "\0" not in text:
+            texts[name] = with_tabs(text)
+    return texts
+
+
+def with_tabs(text):
+    return re.sub(r"^(?: {4})+", lambda spaces: "\t" * (len(spaces[0]) // 4), text, flags=re.M)
+
+
+def split_packages(sizes):
+    """{package: characters} -> {split: names}, by a hash of the names. Large packages are for training.
+
+    ValueError where they do not suffice for three splits.
+    """
+    def n_large(names):
+        return sum(sizes[name] >= LARGE for name in names)
+
+    order = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
+    splits, total = dict(train=[], val=[], test=[]), sum(sizes.values())
+    for name in order:
+        wanting = [split for split in ("test", "val")
+                   if n_large(splits[split]) < N_LARGE or sum(map(sizes.get, splits[split])) < ENOUGH * total]
+        if sizes[name] > TOO_MUCH * total or not wanting:
+            wanting = ["train"]
+        splits[min(wanting, key=lambda split: len(splits[split]))].append(name)
+    for split, names in splits.items():
+        require(n_large(names) >= (1 if split == "train" else N_LARGE),
+                f"packages: {sys.executable} has too few for three splits: {split} would have {n_large(names)} "
+                f"of {LARGE:,} characters and more; install others, numpy and sympy for example")
+    return splits
+
+
+def documents(most=None):
+    """{split: {package: text}}, and how many files were dropped from a split because a later one has them.
+
+    most: characters of training text, at most.
+    """
+    packages = {name: read_package(files) for name, files in installed_packages().items()}
+    sizes = {name: sum(map(len, texts.values())) for name, texts in packages.items()}
+    splits = split_packages({name: size for name, size in sizes.items() if size >= LEAST})
+    seen, dropped, result = set(), dict.fromkeys(splits, 0), {}
+    for split in ("test", "val", "train"):              # what is measured on was never trained on
+        result[split], here, room = {}, set(), most if split == "train" and most else float("inf")
+        for name in splits[split]:
+            parts = []
+            for path, text in packages[name].items():
+                digest = hashlib.sha256(text.encode()).digest()
+                here.add(digest)
+                if digest in seen:
+                    dropped[split] += 1
+                elif room >= len(text):
+                    parts.append(f"# {path}\n{text.rstrip()}\n\n")
+                    room -= len(text)
+            if parts:
+                result[split][name] = "".join(parts)
+        seen |= here
+    return result, dropped
