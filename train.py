@@ -135,7 +135,7 @@ def train(config, model, task, run, saved):
             if step % config.validate_every == 0 or done:
                 with cli.autocast(device, dtype):
                     score = task.score(model, step, length, n_context)
-                run.flush(**score)
+            run.write(step, score)
             length = task.next_length(length, step, score)
             if step % config.checkpoint_every == 0 or done or stopped:
                 run.save(model, optimizer, step=step, length=length, tokenizer=task.corpus.tokenizer,

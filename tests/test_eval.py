@@ -122,6 +122,6 @@ def test_evaluation_mistakes_get_one_line(flags, run, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("program", ["train.py", "eval.py", "-m tools.prepare", "-m fast.bench"])
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
 def test_help(program):
     assert "usage" in command(*program.split(), "--help").stdout

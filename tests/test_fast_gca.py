@@ -190,7 +190,7 @@ sys.exit(compiled.main({targets}, [torch.{dtype}], [{D}], [{n_key}]))
 
 @needs_triton
 @pytest.mark.parametrize("targets, dtype, D, n_key", [
-    ([86, 120], "float32", 64, 64), ([75, 86], "float32", 128, 128), ([75], "float16", 16, 64)])
+    ([86, 120], "float32", 64, 64), ([75, 86], "float32", 128, 128)])
 def test_tiles_fit_into_the_shared_memory_of_other_gpus(targets, dtype, D, n_key):
     """A few of the many that `python tests/compiled.py` compiles."""
     done = compiling(COMPILED.format(targets=targets, dtype=dtype, D=D, n_key=n_key))

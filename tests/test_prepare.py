@@ -10,7 +10,7 @@ import train
 from helpers import command, refused
 from tasks.needles import needle_batch
 from tasks.text import load_corpus, load_tokenizer
-from tools import prepare
+from tools import packages, prepare
 
 
 def text_of(tokens):
@@ -85,6 +85,54 @@ def test_preparation_mistakes_get_one_line(texts, message, tmp_path, capsys):
     line = "text", folder, "--out", tmp_path / "out", "--tokenizer", "bytes"
     assert message in refused(capsys, prepare.main, *line)
     assert not list(tmp_path.glob("out/*"))
+
+
+def environment(folder, sizes, copy_of=None):
+    """Packages of about so many characters, as {package: {name: path}}."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, size in sizes.items():
+        lines = [f"    value_{i} = compute({i}, {rng.integers(10 ** 9)})" for i in range(size // 30)]
+        path = documents(folder, **{name: "def f():\n" + "\n".join(lines)}) / f"{name}.txt"
+        found[name] = {f"{name}/a.py": path}
+        if copy_of == name:
+            text = path.read_text().replace("compute(1", "work(1")
+            (folder / "copy.txt").write_text(text)
+            found["big0"]["big0/copied.py"] = folder / "copy.txt"
+    return found
+
+
+def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
+    sizes = {f"big{i}": 3_000_000 for i in range(3)} | {f"p{i}": 420_000 for i in range(12)} | dict(tiny=900)
+    found = environment(tmp_path, sizes, "p0")
+    monkeypatch.setattr(packages, "installed_packages", lambda: found)
+    splits, copies = packages.documents()
+    names = {split: {*texts} for split, texts in splits.items()}
+    assert {"big0", "big1", "big2"} <= names["train"] and "tiny" not in set.union(*names.values())
+    assert len(names["test"]) >= 3 and len(names["val"]) >= 3
+    assert sum(map(len, names.values())) == 15                         # every other package is in one split
+    assert copies["train"] == ("p0" not in names["train"])
+    text = next(iter(splits["test"].values()))
+    assert text.startswith("# p") and "\n\tvalue_7 = " in text
+    assert packages.documents() == (splits, copies)
+    assert sum(map(len, packages.documents(most=4_000_000)[0]["train"].values())) < 4_100_000
+    monkeypatch.setattr(packages, "installed_packages", lambda: {k: found[k] for k in ("big0", "p1", "tiny")})
+    error = refused(capsys, prepare.main, "packages", "--out", tmp_path / "out", "--tokenizer", "bytes")
+    assert "too few for three splits" in error and not (tmp_path / "out").exists()
+
+
+def test_what_is_left_out_of_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda kind: tmp_path / kind)
+    for name in ("purelib/a/b.py", "purelib/a/_vendor/c.py", "purelib/a/__pycache__/d.py",
+                 "purelib/single.py", "stdlib/email/x.py", "stdlib/os.py", "stdlib/site-packages/a/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+    (tmp_path / "purelib/a/latin.py").write_bytes(b"x = '\xe9'")
+    found = packages.installed_packages()
+    assert {name: [*files] for name, files in found.items()} == {
+        "a": ["a/b.py", "a/latin.py"], "single": ["single.py"], "email": ["email/x.py"], "python": ["os.py"]}
+    assert [*packages.read_package(found["a"])] == ["a/b.py"]
+    assert packages.with_tabs("        a\n      b\n  c\n    \n") == "\t\ta\n\t  b\n  c\n\t\n"
 
 
 def test_data_sets_are_read_row_by_row(tmp_path, monkeypatch):

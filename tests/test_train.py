@@ -84,6 +84,12 @@ def test_the_first_steps_of_a_language_model_have_short_contexts(text_run):
     assert [row["seq_len"] for row in log_of(text_run)] == ["64"] * 16 + ["100"] * 24
 
 
+def test_every_score_is_in_the_log(tmp_path, no_table):
+    """Also where the metrics of many steps were just written."""
+    rows = train(tmp_path, *TEXT_FLAGS, "--steps", 55, "--validate_every", 25, "--checkpoint_every", 30)
+    assert [i + 1 for i, row in enumerate(rows) if row["val_loss"]] == [25, 50, 55]
+
+
 # ---------------------------------------------------------------- runs that are stopped, or shared
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])

@@ -138,13 +138,19 @@ class Parser(argparse.ArgumentParser):
         defaults: words in place of the field's default.
         """
         for config in configs:
-            comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config), re.M))
+            comments = comments_of(config)
             for field in fields(config):
                 if field.name not in leave_out:
                     kind = boolean if type(field.default) is bool else type(field.default)
                     default = (defaults or {}).get(field.name, field.default)
                     self.add_argument(f"--{field.name}", type=kind, choices=(choices or {}).get(field.name),
                                       help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
+
+
+@functools.lru_cache
+def comments_of(config):
+    """{field: the comment beside it} of a dataclass."""
+    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config), re.M))
 
 
 def boolean(text):

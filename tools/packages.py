@@ -71,32 +71,38 @@ def split_packages(sizes):
     for split, names in splits.items():
         require(n_large(names) >= (1 if split == "train" else N_LARGE),
                 f"packages: {sys.executable} has too few for three splits: {split} would have {n_large(names)} "
-                f"of {LARGE:,} characters and more; install others, numpy and sympy for example")
+                f"with {LARGE:,} characters or more; install others, numpy and sympy say")
     return splits
 
 
 def documents(most=None):
-    """{split: {package: text}}, and how many files were dropped from a split because a later one has them.
+    """{split: {package: text}}, and {split: how many files were left out as copies}.
 
-    most: characters of training text, at most.
+    A file is a copy if most of its lines are in a split that is measured on, as those of a package that is
+    installed under two names. most: characters of training text, at most.
     """
     packages = {name: read_package(files) for name, files in installed_packages().items()}
     sizes = {name: sum(map(len, texts.values())) for name, texts in packages.items()}
     splits = split_packages({name: size for name, size in sizes.items() if size >= LEAST})
-    seen, dropped, result = set(), dict.fromkeys(splits, 0), {}
+    seen, copies, result = set(), dict.fromkeys(splits, 0), {}
     for split in ("test", "val", "train"):              # what is measured on was never trained on
         result[split], here, room = {}, set(), most if split == "train" and most else float("inf")
         for name in splits[split]:
             parts = []
             for path, text in packages[name].items():
-                digest = hashlib.sha256(text.encode()).digest()
-                here.add(digest)
-                if digest in seen:
-                    dropped[split] += 1
+                lines = long_lines(text)
+                if len(lines & seen) > len(lines) / 2:
+                    copies[split] += 1
                 elif room >= len(text):
                     parts.append(f"# {path}\n{text.rstrip()}\n\n")
                     room -= len(text)
+                    here |= lines if split != "train" else set()
             if parts:
                 result[split][name] = "".join(parts)
         seen |= here
-    return result, dropped
+    return result, copies
+
+
+def long_lines(text):
+    """Its lines that say more than `return None`: two files that share most of them are copies."""
+    return {line.strip() for line in text.splitlines() if len(line.strip()) >= 25}

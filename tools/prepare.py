@@ -154,11 +154,11 @@ def prepare_text(folder, out, tokenizer, errors):
 
 def prepare_packages(out, tokenizer, most):
     """The installed packages -> a corpus in out, and what went where."""
-    splits, dropped = packages.documents(most)
+    splits, copies = packages.documents(most)
     work = {}
     for split, texts in splits.items():
         sizes = ", ".join(f"{name} {len(text) / 1e6:.1f}" for name, text in texts.items())
-        print(f"{split}: {sizes} million characters; {dropped[split]} files dropped that another split has")
+        print(f"{split}: {sizes} million characters; {copies[split]} files left out as copies")
         identity = [(name, digest(text.encode())) for name, text in texts.items()]
         work[split] = texts.values(), len(texts), identity
     prepare(work, out, tokenizer)

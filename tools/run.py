@@ -248,11 +248,14 @@ class Run:
         self.values.append(values)
         self.rows.append(dict(step=step, **numbers))
         self.bar.update()
-        if step % LOG_EVERY == 0:
-            self.flush()
 
-    def flush(self, **scores):
-        """Wait for the metrics of all rows so far, and write them; scores go into the last row."""
+    def write(self, step, scores):
+        """Write the rows so far, if it is time or there are scores, which go into the last row."""
+        if scores or step % LOG_EVERY == 0:
+            self.flush(scores or {})
+
+    def flush(self, scores):
+        """Wait for the metrics of all rows so far, and write them."""
         if not self.rows:
             return
         values = torch.stack(self.values).tolist()
@@ -283,7 +286,7 @@ class Run:
 
     def save(self, model, optimizer, **state):
         """A checkpoint, by the first process. Weights that are not finite never replace a good one."""
-        self.flush()
+        self.flush({})
         finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
         require(finite, f"the weights are not finite after step {state['step']}: the checkpoint before it "
                 "stays; try a lower --lr")
