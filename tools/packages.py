@@ -70,8 +70,8 @@ def split_packages(sizes):
         splits[min(wanting, key=lambda split: len(splits[split]))].append(name)
     for split, names in splits.items():
         require(n_large(names) >= (1 if split == "train" else N_LARGE),
-                f"packages: {sys.executable} has too few for three splits: {split} would have {n_large(names)} "
-                f"with {LARGE:,} characters or more; install others, numpy and sympy say")
+                f"packages: {sys.executable} has too few for three splits: {split} would have only "
+                f"{n_large(names)} with {LARGE:,} characters or more; install others")
     return splits
 
 
