@@ -234,6 +234,22 @@ def test_a_closed_stdout_and_stderr(needle_run, tmp_path):
 
 # ---------------------------------------------------------------- machines
 
+def test_a_machine_without_triton(tmp_path):
+    """macOS and Windows have none: everything runs on the reference, and the kernels say what they need."""
+    source = """
+import sys
+sys.modules["triton"] = None
+import fast.bench, gca, torch, train
+train.main(sys.argv[1:])
+fast.bench.main([])
+x = torch.ones(1, 1, 4, 1, 16)
+gca.gca(x, x, x, torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long(), backend="triton")
+"""
+    done = command("-c", source, *TEXT_FLAGS, "--steps", 2, "--device", "cpu", "--out", tmp_path, status=1)
+    assert "bits_per_byte" in done.stdout and "Nothing can be timed" in done.stdout
+    assert "needs Triton" in done.stderr.splitlines()[-1]
+
+
 def test_the_number_type_of_a_gpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     assert cli.pick_dtype("auto", torch.device("cuda")) == torch.float16
