@@ -289,6 +289,7 @@ def final_table(out, task, device, config):
     read = evaluation.Reader(device, cli.pick_dtype(config.dtype, device), config.fast)
     rows = evaluation.measure(task, {out.absolute().name: model}, read)
     cli.save_report(out / task.REPORT, saved["settings"], device, rows)
+    print(f"{out}/{task.REPORT} is written.")
 
 
 if __name__ == "__main__":

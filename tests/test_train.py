@@ -84,6 +84,14 @@ def test_the_first_steps_of_a_language_model_have_short_contexts(text_run):
     assert [row["seq_len"] for row in log_of(text_run)] == ["64"] * 16 + ["100"] * 24
 
 
+def test_a_log_file_gets_a_line_now_and_then(tmp_path, no_table, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "LINE_EVERY", 0)
+    train(tmp_path, *TEXT_FLAGS, "--steps", 60, "--validate_every", 100, "--checkpoint_every", 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("tokens/s" in line and "\r" not in line for line in lines)
+    assert "60/60" in lines[-1] and "val_loss" in lines[-1]
+
+
 def test_every_score_is_in_the_log(tmp_path, no_table):
     """Also where the metrics of many steps were just written."""
     rows = train(tmp_path, *TEXT_FLAGS, "--steps", 55, "--validate_every", 25, "--checkpoint_every", 30)

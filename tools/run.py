@@ -31,6 +31,7 @@ try:
 except ImportError:                     # not on Windows: runs are not locked there
     fcntl = None
 
+LINE_EVERY = 30            # seconds between lines of progress in a log file
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU, which waits for it
 BAD_STEPS = 10             # in a row, without a finite loss and gradient: the run ends
 PEAK_FLOPS = dict(H100=989e12, H200=989e12, A100=312e12)    # dense bf16, by the vendor's data sheets
@@ -222,10 +223,10 @@ class Run:
         path = self.out / "log.csv"
         self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
         self.log = csv.DictWriter(self.file, self.columns, lineterminator="\n")
-        pause = 0.1 if sys.stderr and sys.stderr.isatty() else 30       # seconds between states of the bar
+        self.in_lines = not sys.stderr.isatty()         # in a log file: a line now and then, instead of a bar
         self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
-                        mininterval=pause, maxinterval=pause)
-        self.since = time.perf_counter()
+                        file=open(os.devnull, "w") if self.in_lines else None)
+        self.since = self.last_line = time.perf_counter()
         return self
 
     def catch(self, number):
@@ -283,6 +284,10 @@ class Run:
         if row["mfu"]:
             news.append(f"{row['mfu']:.0f}% MFU, {row['gpu_gib']:.0f} GiB")
         self.bar.set_postfix_str(", ".join(news), refresh=False)
+        now, is_last = time.perf_counter(), row["step"] == self.n_step
+        if self.first and self.in_lines and (is_last or now >= self.last_line + LINE_EVERY):
+            print(self.bar, file=sys.stderr, flush=True)
+            self.last_line = now
 
     def save(self, model, optimizer, **state):
         """A checkpoint, by the first process. Weights that are not finite never replace a good one."""
