@@ -4,6 +4,7 @@
     python eval.py ppl --ckpt drt/ckpt.pt base/ckpt.pt              perplexity by context length
     python eval.py speed --lengths 16384,1048576                    reading and generating, by context length
     python eval.py sample --prompt 'import os' --tokens 200         continue a text
+    python eval.py inspect --file gca.py --html page.html           what is retrieved, as a page
     python eval.py plot drt.json base.json --out niah.png           pictures of what --json wrote
 """
 import codecs
@@ -26,6 +27,7 @@ from model import DRT, RETRIEVERS, DRTConfig
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import N_SCORED, Text, load_corpus, load_tokenizer
 from tools import cli
+from tools.inspect import Trace, first_of_all, needle_traces
 from tools.plot import plot, run_names
 from tools.run import RUN_PARTS, load_checkpoint
 
@@ -175,6 +177,29 @@ def run_sample(args, device):
     return saved["settings"], None
 
 
+def run_inspect(args, device):
+    """Show what one chunk retrieved, and write the page of all of them."""
+    model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
+    if args.needles:
+        task = Needles(saved["settings"], load_corpus(saved["settings"]["data"]))
+        traces = [*needle_traces(model, task, args.needles, args.questions, args.seed)]
+        hits, n = sum(first_of_all(*pair) for pair in traces), sum(len(pairs) for _, pairs in traces)
+        trace = traces[0][0]
+        title, chunk = f"{args.needles:,} tokens with needles", traces[0][1][-1][0]
+    else:
+        tokenizer = load_tokenizer(saved["tokenizer"])
+        ids = np.array(tokenizer.encode(read_text(args.file) if args.file else typed(args.prompt)), np.int64)
+        trace = Trace(model, torch.from_numpy(ids).to(device), tokenizer.decode_bytes)
+        title, chunk = str(args.file or "a prompt"), trace.n_chunk - 1
+    trace.show(chunk if args.chunk is None else args.chunk)
+    if args.needles:
+        print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
+    if args.html:
+        trace.page(args.html, title)
+        print(f"{args.html} is written.")
+    return saved["settings"], None
+
+
 def read_text(path):
     try:
         return path.read_bytes().decode()
@@ -230,21 +255,29 @@ def make_parser():
     sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
     sample.add_argument("--sample_top_k", type=int, help="among the k likeliest tokens")
     sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
+    inspect = commands.add_parser("inspect", description="What is retrieved for a chunk of a text.")
+    text = inspect.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text")
+    text.add_argument("--file", type=Path, help="a file that holds it")
+    text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
+    inspect.add_argument("--questions", type=int, default=1, help="with --needles: how many (%(default)s)")
+    inspect.add_argument("--chunk", type=int, help="its number; default: the last one")
+    inspect.add_argument("--html", type=Path, help="write a page of all chunks to this file")
     niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
     for command in (niah, ppl):
         command.add_argument("--fast", type=cli.boolean, default=True,
                              help="read in segments, with faster pieces (fast/); false: by the plain files")
     for command in (speed, sample):
         command.add_argument("--offload", action="store_true", help="keep chunks in CPU memory")
-    for command in (niah, sample):
+    for command in (niah, sample, inspect):
         command.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="default: out/ckpt.pt")
     speed.add_argument("--ckpt", type=Path, help="checkpoint; default: random weights")
-    for command in (niah, ppl, speed, sample):
+    for command in (niah, ppl, speed, sample, inspect):
         command.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
         command.add_argument("--device", default="auto", help="cpu or cuda; default: cuda if there is a GPU")
         command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
                              "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
-        if command is not sample:
+        if command not in (sample, inspect):
             command.add_argument("--json", type=Path, help="write settings, hardware and rows here")
     plot = commands.add_parser("plot", description="Draw what --json wrote (needs matplotlib).")
     plot.add_argument("reports", type=Path, nargs="+", help="the files: a curve for each, or for each model")
@@ -269,10 +302,12 @@ def main(argv=None):
     for name in ("questions", "tokens", "places"):
         value = getattr(args, name, None)
         require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
-    cli.check_writable("--json", getattr(args, "json", None))
+    for flag in ("json", "html"):
+        cli.check_writable(f"--{flag}", getattr(args, flag, None))
     device = cli.pick_device(args.device)
     torch.manual_seed(args.seed)
-    run = dict(niah=run_niah, ppl=run_ppl, speed=run_speed, sample=run_sample)[args.command]
+    commands = dict(niah=run_niah, ppl=run_ppl, speed=run_speed, sample=run_sample, inspect=run_inspect)
+    run = commands[args.command]
     settings, rows = run(args, device)
     if rows and args.json:
         cli.save_report(args.json, settings, device, rows)

@@ -1,0 +1,149 @@
+"""What a DRT retrieves: for each chunk of a text the chunks it attended to, and which tokens that helped.
+
+    trace = Trace(model, tokens, decode)        one text, read once with retrieval and once without
+    trace.show(chunk)                           what one chunk retrieved, on the terminal
+    trace.page(path)                            all of it, as one HTML file
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fast.files import atomic_file
+from gca import require
+from tasks.needles import NAME
+from tasks.text import EVALUATION
+
+MOST = 2 ** 18              # tokens: scores of all pairs of chunks are held at once
+LEVELS = 4                  # shades, in each direction, of what retrieval did to a token's loss
+NATS = 2.0                  # the loss difference that the last shade stands for
+
+
+class Trace:
+    """What reading a text retrieved.
+
+    weights, indices, scores    (G, C, K): of the chunks that chunk c attended to; index -1: an empty slot
+    gain                        (T,) nats that retrieval took off the loss of each token; the first has none
+    """
+
+    def __init__(self, model, tokens, decode):
+        """tokens (T,) on the model's device; decode: token ids -> bytes. ValueError: nothing to see."""
+        require(model.config.n_group, "--ckpt must be of a DRT: a base LM (--n_group 0) retrieves nothing")
+        require(1 <= len(tokens) <= MOST, f"the text must have 1 to {MOST:,} tokens, got {len(tokens):,}")
+        self.n_text, self.tokens, self.decode = model.config.chunk_size - 1, tokens.tolist(), decode
+        self.n_chunk = -(-len(tokens) // self.n_text)
+        found = []                              # of each group
+
+        def watch(*given):
+            found.append(retrieved(model, *given))
+            return found[-1][:2]
+
+        def withhold(*given):
+            weights, indices, _ = retrieved(model, *given)
+            return weights * 0, indices * 0 - 1
+
+        with_retrieval, without = losses(model, tokens, watch), losses(model, tokens, withhold)
+        self.weights, self.indices, self.scores = (torch.cat(x).cpu() for x in zip(*found, strict=True))
+        self.gain = F.pad(without - with_retrieval, (1, 0)).cpu()
+
+    def text(self, chunk):
+        """A chunk's text; what is not UTF-8 as \\x.."""
+        ids = self.tokens[chunk * self.n_text:(chunk + 1) * self.n_text]
+        return self.decode(ids).decode(errors="backslashreplace")
+
+    def best(self, group, chunk):
+        """[(index, weight, score)] of what a chunk retrieved, the heaviest first."""
+        columns = (x[group, chunk].tolist() for x in (self.indices, self.weights, self.scores))
+        slots = [slot for slot in zip(*columns, strict=True) if slot[0] >= 0]
+        return sorted(slots, key=lambda slot: -slot[1])
+
+    def show(self, chunk):
+        """Print a chunk and what it retrieved: weight as a bar and a number, score, distance, text."""
+        require(0 <= chunk < self.n_chunk, f"--chunk must be in 0 .. {self.n_chunk - 1}, got {chunk}")
+        start = chunk * self.n_text
+        print(f"chunk {chunk} of {self.n_chunk}, from token {start:,}: {visible(self.text(chunk))}")
+        for group in range(len(self.indices)):
+            print(f"retrieved by group {group + 1}:" if len(self.indices) > 1 else "retrieved:")
+            for index, weight, score in self.best(group, chunk):
+                distance = (chunk - index) * self.n_text
+                print(f"  {'█' * round(20 * weight):20} {weight:5.3f}  score {score:7.2f}  chunk {index:5}  "
+                      f"{distance:9,} tokens before  {visible(self.text(index))}")
+            if not self.best(group, chunk):
+                print("  nothing: no chunk is complete before it")
+        print(f"retrieval took {self.gain[start:start + self.n_text].sum():.2f} nats off this chunk's loss")
+
+    def page(self, path, title):
+        """Write one self-contained HTML page: chunks, what each retrieved, and whom it helped."""
+        chunks = []
+        for c in range(self.n_chunk):
+            found = [[[index, round(weight, 3), c - index] for index, weight, _ in self.best(g, c)]
+                     for g in range(len(self.indices))]
+            chunks.append([self.runs(c), found])
+        data = dict(title=title, tokensPerChunk=self.n_text, chunks=chunks)
+        text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag can end the script
+        page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        with atomic_file(path) as file:
+            file.write(page.replace("DATA", text, 1).encode())
+
+    def runs(self, chunk):
+        """[[text, shade]] of a chunk: neighbours that gained alike are one."""
+        start, runs = chunk * self.n_text, []
+        gains = self.gain[start:start + self.n_text]
+        shades = (gains / NATS * LEVELS).round().clamp(-LEVELS, LEVELS).int().tolist()
+        for token, shade in zip(self.tokens[start:start + self.n_text], shades, strict=True):
+            if runs and runs[-1][1] == shade:
+                runs[-1][0].append(token)
+            else:
+                runs.append([[token], shade])
+        return [[self.decode(ids).decode(errors="backslashreplace"), shade] for ids, shade in runs]
+
+
+def visible(text):                      # one line, and nothing that a terminal would obey
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@torch.no_grad()
+def losses(model, tokens, retrieve):
+    """The loss of each token but the first (T - 1,), with another method in the place of DRT.retrieve."""
+    model.retrieve = retrieve
+    try:
+        hidden = model.hidden(tokens[None])[0, :-1]
+    finally:
+        del model.retrieve                      # the class's own is back
+    pieces = zip(hidden.split(4096), tokens[1:].split(4096), strict=True)
+    return torch.cat([F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pieces])
+
+
+def retrieved(model, group, x, landmarks):
+    """DRT.retrieve's weights and indices (1, C, K), and the scores r_t,c of these chunks."""
+    weights, indices = type(model).retrieve(model, group, x, landmarks)
+    query = model.query_norms[group](model.complete_chunks(x)[:, :, -1]).float()            # (1, C, d)
+    scores = query @ landmarks.float().mT * query.shape[-1] ** -0.5
+    scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]          # by the landmark before each chunk
+    return weights, indices, scores.gather(-1, indices.where(indices >= 0, scores.shape[-1] - 1))
+
+
+def needle_traces(model, task, length, n_question, seed):
+    """(trace, [(question, needle)], both as chunks) of contexts with n_question questions in all.
+
+    The question is the chunk that opens with its colon, for which the chunk before it has retrieved.
+    """
+    n_text, n = task.chunk_size - 1, task.fitting(length)
+    rng = np.random.default_rng([EVALUATION, seed, length])
+    for _ in range(-(-n_question // n)):
+        tokens = task.draw(task.corpus.val, rng, length, 1)[0][0]
+        context, last = bytes(tokens.tolist()), (length - 1 - task.n_value) // n_text
+        pairs = []
+        for chunk in range(last - n + 1, last + 1):
+            name = context[chunk * n_text - NAME:chunk * n_text]
+            pairs.append((chunk, context.index(b"|" + name + b":") // n_text))
+        yield Trace(model, torch.from_numpy(tokens).to(model.embedding.weight.device), bytes), pairs
+
+
+def first_of_all(trace, pairs):
+    """Of how many questions the needle's chunk was the heaviest of those retrieved, in any group."""
+    groups = range(len(trace.indices))
+    return sum(any(needle == index for g in groups for index, *_ in trace.best(g, chunk)[:1])
+               for chunk, needle in pairs)
