@@ -8,7 +8,6 @@
     python eval.py plot drt.json base.json --out niah.png           pictures of what --json wrote
 """
 import codecs
-import os
 import resource
 import sys
 import time
@@ -27,7 +26,7 @@ from model import DRT, RETRIEVERS, DRTConfig
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import N_SCORED, Text, load_corpus, load_tokenizer
 from tools import cli
-from tools.inspect import Trace, first_of_all, needle_traces
+from tools.inspect import inspect
 from tools.plot import plot, run_names
 from tools.run import RUN_PARTS, load_checkpoint
 
@@ -164,8 +163,7 @@ def run_speed(args, device):
 def run_sample(args, device):
     """Write a continuation of the text to the terminal, token by token, as it comes."""
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
-    text = read_text(args.file) if args.file else typed(args.prompt)
-    require(text, f"{'--file' if args.file else '--prompt'} must hold some text, got none")
+    text = cli.given_text(args)
     tokenizer = load_tokenizer(saved["tokenizer"])
     tokens = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
     sampling = args.temperature, args.sample_top_k, args.sample_top_p
@@ -179,42 +177,9 @@ def run_sample(args, device):
 
 def run_inspect(args, device):
     """Show what one chunk retrieved, and write the page of all of them."""
-    model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
-    if args.needles:
-        task = Needles(saved["settings"], load_corpus(saved["settings"]["data"]))
-        traces = [*needle_traces(model, task, args.needles, args.questions, args.seed)]
-        hits, n = sum(first_of_all(*pair) for pair in traces), sum(len(pairs) for _, pairs in traces)
-        trace = traces[0][0]
-        title, chunk = f"{args.needles:,} tokens with needles", traces[0][1][-1][0]
-    else:
-        tokenizer = load_tokenizer(saved["tokenizer"])
-        ids = np.array(tokenizer.encode(read_text(args.file) if args.file else typed(args.prompt)), np.int64)
-        trace = Trace(model, torch.from_numpy(ids).to(device), tokenizer.decode_bytes)
-        title, chunk = str(args.file or "a prompt"), trace.n_chunk - 1
-    trace.show(chunk if args.chunk is None else args.chunk)
-    if args.needles:
-        print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
-    if args.html:
-        trace.page(args.html, title)
-        print(f"{args.html} is written.")
-    return saved["settings"], None
-
-
-def read_text(path):
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise ValueError(f"--file: {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--file: {path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def typed(text):
-    """The text of a flag, which is UTF-8 whatever the locale says."""
-    try:
-        return os.fsencode(text).decode() if any("\ud800" <= c <= "\udfff" for c in text) else text
-    except UnicodeError:
-        raise ValueError("--prompt must be UTF-8 text") from None
+    text = None if args.needles is not None else cli.given_text(args)
+    chosen = args.needles, args.questions, args.seed, args.chunk, args.html
+    return inspect(args.ckpt, device, text, *chosen), None
 
 
 # ---------------------------------------------------------------- command line
@@ -255,29 +220,29 @@ def make_parser():
     sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
     sample.add_argument("--sample_top_k", type=int, help="among the k likeliest tokens")
     sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
-    inspect = commands.add_parser("inspect", description="What is retrieved for a chunk of a text.")
-    text = inspect.add_mutually_exclusive_group(required=True)
+    look = commands.add_parser("inspect", description="What is retrieved for a chunk of a text.")
+    text = look.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text")
     text.add_argument("--file", type=Path, help="a file that holds it")
     text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
-    inspect.add_argument("--questions", type=int, default=1, help="with --needles: how many (%(default)s)")
-    inspect.add_argument("--chunk", type=int, help="its number; default: the last one")
-    inspect.add_argument("--html", type=Path, help="write a page of all chunks to this file")
+    look.add_argument("--questions", type=int, default=1, help="with --needles: how many (%(default)s)")
+    look.add_argument("--chunk", type=int, help="its number; default: the last one")
+    look.add_argument("--html", type=Path, help="write a page of all chunks to this file")
     niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
     for command in (niah, ppl):
         command.add_argument("--fast", type=cli.boolean, default=True,
                              help="read in segments, with faster pieces (fast/); false: by the plain files")
     for command in (speed, sample):
         command.add_argument("--offload", action="store_true", help="keep chunks in CPU memory")
-    for command in (niah, sample, inspect):
+    for command in (niah, sample, look):
         command.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="default: out/ckpt.pt")
     speed.add_argument("--ckpt", type=Path, help="checkpoint; default: random weights")
-    for command in (niah, ppl, speed, sample, inspect):
+    for command in (niah, ppl, speed, sample, look):
         command.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
         command.add_argument("--device", default="auto", help="cpu or cuda; default: cuda if there is a GPU")
         command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
                              "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
-        if command not in (sample, inspect):
+        if command not in (sample, look):
             command.add_argument("--json", type=Path, help="write settings, hardware and rows here")
     plot = commands.add_parser("plot", description="Draw what --json wrote (needs matplotlib).")
     plot.add_argument("reports", type=Path, nargs="+", help="the files: a curve for each, or for each model")

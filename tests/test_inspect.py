@@ -72,7 +72,7 @@ def data_of(page):
 @pytest.mark.parametrize("flags, message", [
     ("--prompt", "expected one argument"), ("--prompt x --chunk 1", "--chunk must be in 0 .. 0, got 1"),
     ("--prompt x --chunk -1", "--chunk must be in 0 .. 0, got -1"), ("", "required"),
-    ("--prompt x --file y", "not allowed with"), ("--file EMPTY", "1 to 262,144 tokens, got 0"),
+    ("--prompt x --file y", "not allowed with"), ("--file EMPTY", "--file must hold some text"),
     ("--prompt x --html none/x.html", "--html: no folder none"), ("--needles 999999", "1 to 262,144 tokens"),
     ("--needles 20", "for a needle and its question"), ("--needles -5", "for a needle and its question")])
 def test_inspection_mistakes(flags, message, needle_run, tmp_path, capsys):

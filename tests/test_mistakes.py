@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import fast
 import train
 from fast.generate import sample
 from helpers import DEVICE, TEXT_FLAGS, TINY_FLAGS, random_tokens, refused, tiny
-from tools import prepare
+from tools import cli, prepare
 from tools.run import load_checkpoint, save_checkpoint
 
 
@@ -307,9 +308,12 @@ def test_the_current_folder_is_not_moved_aside(tmp_path, capsys, monkeypatch):
 
 
 def test_a_prompt_typed_in_another_locale():
-    assert evaluation.typed("é".encode().decode("ascii", errors="surrogateescape")) == "é"
+    def given(prompt):
+        return cli.given_text(types.SimpleNamespace(file=None, prompt=prompt))
+
+    assert given("é".encode().decode("ascii", errors="surrogateescape")) == "é"
     with pytest.raises(ValueError, match="--prompt must be UTF-8"):
-        evaluation.typed("\udcff")
+        given("\udcff")
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-6, 1e300])

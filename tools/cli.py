@@ -159,6 +159,23 @@ def boolean(text):
     return text.lower() == "true"
 
 
+def given_text(args):
+    """What --file or --prompt holds; ValueError if that is nothing, or not UTF-8."""
+    try:
+        if args.file:
+            text = args.file.read_bytes().decode()
+        else:                           # a shell's UTF-8, whatever Python takes the locale to be
+            is_odd = any("\ud800" <= c <= "\udfff" for c in args.prompt)
+            text = os.fsencode(args.prompt).decode() if is_odd else args.prompt
+    except OSError as error:
+        raise ValueError(f"--file: {args.file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{args.file or '--prompt'} must be UTF-8 text: {where}") from None
+    require(text, f"{'--file' if args.file else '--prompt'} must hold some text, got none")
+    return text
+
+
 def check_types(values, configs, path, leave_out=()):
     """ValueError unless values, read from path, has the fields of these dataclasses, of their types."""
     for field in itertools.chain(*map(fields, configs)):

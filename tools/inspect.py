@@ -1,5 +1,7 @@
 """What a DRT retrieves: for each chunk of a text the chunks it attended to, and which tokens that helped.
 
+    python eval.py inspect ..                   inspect() below: for one chunk, and as a page
+
     trace = Trace(model, tokens, decode)        one text, read once with retrieval and once without
     trace.show(chunk)                           what one chunk retrieved, on the terminal
     trace.page(path)                            all of it, as one HTML file
@@ -13,12 +15,41 @@ import torch.nn.functional as F
 
 from fast.files import atomic_file
 from gca import require
-from tasks.needles import NAME
-from tasks.text import EVALUATION
+from model import DRTConfig
+from tasks.needles import NAME, NeedleConfig, Needles
+from tasks.text import EVALUATION, load_corpus, load_tokenizer
+from tools import cli
+from tools.run import RUN_PARTS, load_checkpoint
 
 MOST = 2 ** 18              # tokens: scores of all pairs of chunks are held at once
 LEVELS = 4                  # shades, in each direction, of what retrieval did to a token's loss
 NATS = 2.0                  # the loss difference that the last shade stands for
+
+
+def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
+    """Show what a chunk (None: the last) of a text retrieved, and write the page; returns the run's settings.
+
+    needles: in place of the text, so many tokens with needles and questions, of which it shows the last.
+    """
+    model, saved = load_checkpoint(ckpt, device, RUN_PARTS)
+    if needles is None:
+        tokenizer = load_tokenizer(saved["tokenizer"])
+        ids = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
+        trace, title = Trace(model, ids, tokenizer.decode_bytes), "What it retrieves"
+        trace.show(trace.n_chunk - 1 if chunk is None else chunk)
+    else:
+        cli.check_types(saved["settings"], [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
+        task = Needles(saved["settings"], load_corpus(saved["settings"]["data"]))
+        traces = [*needle_traces(model, task, needles, n_question, seed)]
+        trace, pairs = traces[0]
+        title = f"{needles:,} tokens with needles"
+        trace.show(pairs[-1][0] if chunk is None else chunk)
+        hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
+        print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
+    if html:
+        trace.page(html, title)
+        print(f"{html} is written.")
+    return saved["settings"]
 
 
 class Trace:
