@@ -1,4 +1,5 @@
 """Files that are whole or not there: how memories, checkpoints, corpora and reports are written and read."""
+import errno
 import os
 import zipfile
 from contextlib import contextmanager
@@ -47,8 +48,9 @@ def load_saved(path, what, parts):
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, kind in parts.items():
             require(isinstance(state[name], kind), f"{name} must be {kind}, got {type(state[name])}")
-    except (OSError, MemoryError):
-        raise
     except Exception as error:                          # whatever a foreign or damaged file makes torch raise
+        leads_astray = isinstance(error, OSError) and error.errno == errno.EINVAL       # to before its start
+        if isinstance(error, (OSError, MemoryError)) and not leads_astray:
+            raise
         raise Damaged(f"{path} is damaged or not {what}") from error
     return state

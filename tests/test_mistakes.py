@@ -129,6 +129,23 @@ def test_flipped_bits_are_found(tmp_path):
         assert found > 40                               # the rest is padding between the tensors, and dates
 
 
+def test_flipped_bits_in_a_files_directory_are_found_or_harmless(tmp_path):
+    """At its end a file lists what it holds, and where; a bit there may lead to before the file's start."""
+    model, path = tiny(n_embd=16, n_head=1), tmp_path / "memory"
+    fast.Memory(model).save(path)
+    whole, refused = path.read_bytes(), 0
+    for i in range(len(whole) - 1200, len(whole), 3):
+        data = bytearray(whole)
+        data[i] ^= 1 << i % 8
+        path.write_bytes(data)
+        try:
+            fast.Memory.load(path, model)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
 def test_names_of_a_compiled_model_are_understood(tmp_path):
     model = tiny()
     save_checkpoint(tmp_path / "ckpt.pt", model)
