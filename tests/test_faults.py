@@ -250,9 +250,22 @@ gca.gca(x, x, x, torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long(), backend="trit
     assert "needs Triton" in done.stderr.splitlines()[-1]
 
 
-def test_the_number_type_of_a_gpu_without_bfloat16(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB."),
+                                   MemoryError("6 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_names_what_to_lower(error, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "make_optimizer", fail)
+    said = refused(capsys, train.main, *TEXT_FLAGS, "--out", tmp_path)
+    assert "out of memory" in said and "lower --batch_tokens, --micro_batch" in said
+
+
+def test_the_number_type_of_a_gpu_without_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    assert cli.pick_dtype("auto", torch.device("cuda")) == torch.float16
+    for _ in range(2):
+        assert cli.pick_dtype("auto", torch.device("cuda")) == torch.float16
+    assert capsys.readouterr().out.count("no bfloat16") == 1
     assert cli.pick_dtype("float32", torch.device("cuda")) == torch.float32
     assert cli.pick_dtype("auto", torch.device("cpu")) == torch.float32
 

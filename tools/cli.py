@@ -208,7 +208,13 @@ def pick_dtype(name, device):
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    say_once("this GPU has no bfloat16: it computes in float16, and trains with a gradient scaler")
+    return torch.float16
+
+
+say_once = functools.lru_cache(functools.partial(print, flush=True))
 
 
 def autocast(device, dtype):
