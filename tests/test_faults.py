@@ -250,8 +250,9 @@ gca.gca(x, x, x, torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long(), backend="trit
     assert "needs Triton" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB."),
-                                   MemoryError("6 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB."), MemoryError("6 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_names_what_to_lower(error, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise error
