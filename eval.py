@@ -1,6 +1,7 @@
 """Measure a trained DRT: one command, a table, and with --json a report.
 
     python eval.py niah --ckpt out/ckpt.pt --lengths 128,131072     needle accuracy by context length
+    python eval.py niah --lengths 512,8192 --depths 10              the same by length and depth of the needle
     python eval.py ppl --ckpt drt/ckpt.pt base/ckpt.pt              perplexity by context length
     python eval.py speed --lengths 16384,1048576                    reading and generating, by context length
     python eval.py sample --prompt 'import os' --tokens 200         continue a text
@@ -119,7 +120,10 @@ def run_niah(args, device):
         task.check(length)
     reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     names = run_names([args.ckpt])
-    rows = measure(task, {names[args.ckpt]: model}, reader, args.lengths, args.questions, args.seed)
+    rows = measure(task, {names[args.ckpt]: model}, reader, args.lengths, args.questions, args.seed,
+                   n_depth=args.depths)
+    if args.depths:
+        cli.print_grid(rows)
     return settings, rows
 
 
@@ -177,6 +181,8 @@ def run_sample(args, device):
 
 def run_inspect(args, device):
     """Show what one chunk retrieved, and write the page of all of them."""
+    read = args.file, args.ckpt
+    require(not args.html or args.html not in read, f"--html: {args.html} would be overwritten")
     text = None if args.needles is not None else cli.given_text(args)
     chosen = args.needles, args.questions, args.seed, args.chunk, args.html
     return inspect(args.ckpt, device, text, *chosen), None
@@ -220,13 +226,14 @@ def make_parser():
     sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
     sample.add_argument("--sample_top_k", type=int, help="among the k likeliest tokens")
     sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
+    niah.add_argument("--depths", type=int, help="one needle, at so many depths of each context")
     look = commands.add_parser("inspect", description="What is retrieved for a chunk of a text.")
     text = look.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text")
     text.add_argument("--file", type=Path, help="a file that holds it")
     text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
-    look.add_argument("--questions", type=int, default=1, help="with --needles: how many (%(default)s)")
-    look.add_argument("--chunk", type=int, help="its number; default: the last one")
+    look.add_argument("--questions", type=int, default=1, help="with --needles: at least (%(default)s)")
+    look.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
     look.add_argument("--html", type=Path, help="write a page of all chunks to this file")
     niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
     for command in (niah, ppl):
@@ -240,10 +247,11 @@ def make_parser():
     for command in (niah, ppl, speed, sample, look):
         command.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
         command.add_argument("--device", default="auto", help="cpu or cuda; default: cuda if there is a GPU")
-        command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
-                             "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
         if command not in (sample, look):
             command.add_argument("--json", type=Path, help="write settings, hardware and rows here")
+    for command in (niah, ppl, speed, sample):
+        command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
+                             "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
     plot = commands.add_parser("plot", description="Draw what --json wrote (needs matplotlib).")
     plot.add_argument("reports", type=Path, nargs="+", help="the files: a curve for each, or for each model")
     plot.add_argument("--out", type=Path, default=Path("niah.png"), help="the picture (%(default)s)")
@@ -264,7 +272,7 @@ def main(argv=None):
         cli.check_writable("--out", args.out)
         return plot(args.reports, args.out)
     require(0 <= args.seed < 2 ** 63, f"--seed must be in 0 .. 2 ** 63 - 1, got {args.seed}")
-    for name in ("questions", "tokens", "places"):
+    for name in ("questions", "tokens", "places", "depths"):
         value = getattr(args, name, None)
         require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
     for flag in ("json", "html"):

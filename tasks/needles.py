@@ -40,8 +40,10 @@ class NeedleConfig:
 
 # ---------------------------------------------------------------- one batch
 
-def needle_batch(text, rng, batch, length, chunk_size, n_needle, n_value, straddle=False):
+def needle_batch(text, rng, batch, length, chunk_size, n_needle, n_value, straddle=False, depth=None):
     """Contexts of `length` tokens: random stretches of text, with needles and questions written into them.
+
+    depth: in [0, 1), of a single needle: 0 is the text's beginning; None: anywhere before the questions.
 
     Returns tokens and next_tokens (batch, length), and is_answer (batch, length): the positions whose next
     token is part of an answer.
@@ -67,6 +69,8 @@ def needle_batch(text, rng, batch, length, chunk_size, n_needle, n_value, stradd
         needle_at = random_starts(rng, B, n, (last - n) * n_text, needle_length)
     else:
         chunk = random_starts(rng, B, n, last - n, 1)
+        if depth is not None:
+            chunk = np.full((B, n), int(depth * (last - n)))
         needle_at = chunk * n_text + rng.integers(0, n_text - needle_length + 1, (B, n))
 
     # Where the questions go: the last n chunk borders. The colon is the first token behind the border.
@@ -143,9 +147,10 @@ class Needles:
 
     check = fitting
 
-    def draw(self, text, rng, length, size):
-        return needle_batch(text, rng, size, length, self.chunk_size, self.fitting(length), self.n_value,
-                            self.settings["straddle"])
+    def draw(self, text, rng, length, size, depth=None):
+        n_needle = self.fitting(length) if depth is None else 1
+        return needle_batch(text, rng, size, length, self.chunk_size, n_needle, self.n_value,
+                            self.settings["straddle"] and depth is None, depth)
 
     def batch(self, step, length, size):
         """Tokens, next tokens and is_answer of step number `step`, (size, length) each."""
@@ -176,29 +181,35 @@ class Needles:
             return min(2 * length, self.settings["seq_len"])
         return length
 
-    def measure(self, model, read, lengths=None, n_question=None, seed=0):
+    def measure(self, model, read, lengths=None, n_question=None, seed=0, n_depth=None):
         """Accuracy of the answers by context length, a row each; read: as eval.py's Reader.
+
+        n_depth: so many rows for each length, each with one needle at a depth, in percent of the context.
 
         Every token is predicted greedily from the true tokens before it. So all tokens of an answer are right
         exactly when greedy generation would have produced that answer.
         """
         for length in lengths or [self.settings["seq_len"] * 4 ** i for i in range(6)]:
-            hits = self.answers(model, read, length, n_question, seed).double()
-            yield dict(length=length, questions=len(hits), needles=self.fitting(length),
-                       token_accuracy=100 * hits.mean().item(),
-                       exact_match=100 * hits.all(1).double().mean().item())
+            for depth in [None] if n_depth is None else [(i + 0.5) / n_depth for i in range(n_depth)]:
+                hits = self.answers(model, read, length, n_question, seed, depth).double()
+                n_needle = self.fitting(length) if depth is None else 1
+                where = {} if depth is None else dict(depth=round(100 * depth, 1))
+                yield dict(length=length, **where, questions=len(hits), needles=n_needle,
+                           token_accuracy=100 * hits.mean().item(),
+                           exact_match=100 * hits.all(1).double().mean().item())
 
-    def answers(self, model, read, length, n_question, seed):
+    def answers(self, model, read, length, n_question, seed, depth=None):
         """Whether each token of each answer is right: (n_question, n_value)."""
-        device, n_needle = model.embedding.weight.device, self.fitting(length)
+        device, n_needle = model.embedding.weight.device, self.fitting(length) if depth is None else 1
         if not n_question:              # 240 where contexts are short, 32 where they are long: not hours
             affordable = 2 ** (26 if device.type == "cuda" else 19) // length * n_needle
             n_question = max(32, min(240, affordable))
         n_context = -(-n_question // n_needle)
         batch = min(n_context, read.contexts_at_once(model, length))
-        rng, hits = np.random.default_rng([EVALUATION, seed, length]), []
+        draw = [EVALUATION, seed, length] + ([] if depth is None else [int(1000 * depth)])
+        rng, hits = np.random.default_rng(draw), []
         for _ in range(0, n_context, batch):
-            arrays = self.draw(self.corpus.val, rng, length, batch)
+            arrays = self.draw(self.corpus.val, rng, length, batch, depth)
             tokens, labels, at = map(torch.from_numpy, arrays)
             logits = read(model, tokens.to(device), at.to(device))
             hits.append(logits.argmax(-1).cpu() == labels[at])

@@ -40,6 +40,20 @@ def measure(*arguments):
     evaluation.main([*map(str, arguments)])
 
 
+def test_niah_by_depth(run, tmp_path, capsys):
+    report = tmp_path / "depths.json"
+    line = f"niah --ckpt {run}/ckpt.pt --lengths 64,100 --depths 3 --questions 5 --device {DEVICE.type}"
+    evaluation.main([*line.split(), "--json", str(report)])
+    rows = json.loads(report.read_text())["rows"]
+    cells = [(length, depth) for length in (64, 100) for depth in (16.7, 50, 83.3)]
+    assert [(row["length"], row["depth"]) for row in rows] == cells
+    assert all(row["needles"] == 1 and row["questions"] == 5 for row in rows)
+    assert " 83.3%  " in capsys.readouterr().out
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    evaluation.main(["plot", str(report), "--out", str(tmp_path / "map.png")])
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
 def test_ppl(run, text_run, tmp_path, capsys):
     line = ["ppl", "--ckpt", text_run / "ckpt.pt", run / "ckpt.pt", *ON]
     measure(*line, "--lengths", "100,400", "--places", 4, "--json", tmp_path / "ppl.json")

@@ -11,7 +11,7 @@ import eval as evaluation
 from helpers import DEVICE, TEXT, random_tokens, refused, tiny
 from tasks.needles import Needles
 from tasks.text import load_corpus
-from tools.inspect import Trace, first_of_all, needle_traces, visible
+from tools.inspect import Trace, check_size, first_of_all, needle_traces, visible
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = ("</script><script>document.title='run'</script><img src=x onerror=document.title='run'>&lt; "
@@ -59,7 +59,7 @@ def test_inspect(needle_run, tmp_path, capsys):
     page = tmp_path / "page.html"
     evaluation.main([*map(str, line), "--file", str(tmp_path / "text"), "--html", str(page)])
     said = capsys.readouterr().out
-    assert "chunk 37 of 38" in said and said.count("tokens before") == 2 and "\\n" in said
+    assert "chunk 37 of 0 .. 37" in said and said.count("tokens before") == 2 and "\\n" in said
     assert len(data_of(page)["chunks"]) == 38
     evaluation.main([*map(str, line), "--needles", "200", "--questions", "3"])
     assert "questions retrieved their needle's chunk" in capsys.readouterr().out
@@ -73,8 +73,10 @@ def data_of(page):
     ("--prompt", "expected one argument"), ("--prompt x --chunk 1", "--chunk must be in 0 .. 0, got 1"),
     ("--prompt x --chunk -1", "--chunk must be in 0 .. 0, got -1"), ("", "required"),
     ("--prompt x --file y", "not allowed with"), ("--file EMPTY", "--file must hold some text"),
-    ("--prompt x --html none/x.html", "--html: no folder none"), ("--needles 999999", "1 to 262,144 tokens"),
-    ("--needles 20", "for a needle and its question"), ("--needles -5", "for a needle and its question")])
+    ("--prompt x --html none/x.html", "--html: no folder none"), ("--needles 0", "1 to 122,880 tokens"),
+    ("--prompt x --html /dev/null", "a folder or a device"), ("--needles 999999", "1 to 122,880 tokens"),
+    ("--file EMPTY --html EMPTY", "would be overwritten"),
+    ("--needles 20", "for a needle and its question"), ("--needles -5", "1 to 122,880 tokens")])
 def test_inspection_mistakes(flags, message, needle_run, tmp_path, capsys):
     (tmp_path / "empty").touch()
     flags = flags.replace("EMPTY", f"{tmp_path}/empty").split()
@@ -84,7 +86,13 @@ def test_inspection_mistakes(flags, message, needle_run, tmp_path, capsys):
 
 def test_a_base_lm_has_nothing_to_show():
     with pytest.raises(ValueError, match="a base LM .* retrieves nothing"):
-        trace(n_group=0)
+        check_size(tiny(n_group=0), 100, None)
+
+
+def test_characters_stay_whole():
+    text = "שלום العالم é" * 9
+    seen = Trace(tiny(), torch.tensor([*text.encode()], device=DEVICE), bytes)
+    assert all("".join(piece for piece, _ in seen.runs(c)) == seen.text(c) for c in range(seen.n_chunk))
 
 
 def test_a_terminal_is_not_obeyed():
@@ -106,7 +114,7 @@ def in_browser(page, script, tmp_path, size="1200,760"):
 def test_hostile_text_is_shown_as_text(tmp_path):
     text = (HOSTILE + "\0\ud7ff" + "x" * 1000).encode() + b"\xff\xfe"
     seen = Trace(tiny(), torch.tensor([*text], device=DEVICE), bytes)
-    seen.page(tmp_path / "page.html", HOSTILE)
+    seen.page(tmp_path / "page.html", HOSTILE, 0)
     script = """
 document.body.dataset.title = document.title;
 document.body.dataset.shown = rows.map(row => row.lastChild.textContent).join("");
@@ -122,7 +130,7 @@ document.body.dataset.shown = rows.map(row => row.lastChild.textContent).join(""
 def test_the_page_of_2000_chunks(size, tmp_path):
     """Small, complete, and by keyboard: down, to the heaviest, and back. No wider than a phone."""
     seen, page = trace(2000 * TEXT), tmp_path / "page.html"
-    seen.page(page, "2,000 chunks")
+    seen.page(page, "2,000 chunks", 7)
     assert page.stat().st_size < 3e6 and len(data_of(page)["chunks"]) == 2000
     script = """
 const press = key => dispatchEvent(new KeyboardEvent("keydown", {key, cancelable: true})), steps = [];

@@ -99,6 +99,15 @@ def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_
             assert straddle or place // S == (place + 12) // S
 
 
+@pytest.mark.parametrize("depth", [0, 0.25, 0.5, 0.99])
+def test_a_needle_at_a_depth(depth):
+    text = np.full(5000, ord("."), np.uint8)
+    tokens, _, _ = needle_batch(text, np.random.default_rng(0), 4, 2000, 16, 1, 6, depth=depth)
+    for row in tokens:
+        needle = bytes(row.tolist()).index(b"|")
+        assert needle // 15 == int(depth * (1993 // 15 - 1))
+
+
 def test_batches_are_a_function_of_seed_and_step():
     corpus = load_corpus("stdlib")
     for task in (Text, Needles):

@@ -42,6 +42,7 @@ def program(main):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:              # closed by whoever started the program
                 setattr(sys, name, open(os.devnull, "w"))
+            getattr(sys, name).reconfigure(errors="backslashreplace")       # of a terminal that lacks letters
         with signals(raise_signal):
             try:
                 result = main(argv)
@@ -243,13 +244,24 @@ def print_table(rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
 
+def print_grid(rows):
+    """Whole answers right by length (across) and depth (down): from a blank for none to a block for all."""
+    lengths, depths = ([*dict.fromkeys(row[name] for row in rows)] for name in ("length", "depth"))
+    right = {(row["length"], row["depth"]): row["exact_match"] for row in rows}
+    print("\nwhole answers right, by depth and tokens of context")
+    for depth in depths:
+        shades = [" ░▒▓█"[round(right[length, depth] / 25)] * 8 for length in lengths]
+        print(f"{depth:5.1f}%  " + "  ".join(shades))
+    print("        " + "  ".join(f"{length:<8,}" for length in lengths))
+
+
 def check_writable(flag, path):
     """ValueError if no file can be written at this path (None: no file): found before the work, not after."""
     if not path:
         return
     folder = path.absolute().parent
     require(folder.is_dir(), f"{flag}: no folder {path.parent} to write {path.name} to")
-    require(not path.is_dir(), f"{flag}: {path} must be a file, it is a folder")
+    require(path.is_file() or not path.exists(), f"{flag}: {path} must be a file, it is a folder or a device")
     require(os.access(folder, os.W_OK), f"{flag}: no permission to write to {folder}")
 
 

@@ -21,7 +21,7 @@ from tasks.text import EVALUATION, load_corpus, load_tokenizer
 from tools import cli
 from tools.run import RUN_PARTS, load_checkpoint
 
-MOST = 2 ** 18              # tokens: scores of all pairs of chunks are held at once
+MOST = 2 ** 13              # chunks: scores of all pairs of them are held at once
 LEVELS = 4                  # shades, in each direction, of what retrieval did to a token's loss
 NATS = 2.0                  # the loss difference that the last shade stands for
 
@@ -35,21 +35,33 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
     if needles is None:
         tokenizer = load_tokenizer(saved["tokenizer"])
         ids = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
+        check_size(model, len(ids), chunk)
         trace, title = Trace(model, ids, tokenizer.decode_bytes), "What it retrieves"
-        trace.show(trace.n_chunk - 1 if chunk is None else chunk)
+        chunk = trace.n_chunk - 1 if chunk is None else chunk
     else:
+        check_size(model, needles, chunk)
         cli.check_types(saved["settings"], [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
         task = Needles(saved["settings"], load_corpus(saved["settings"]["data"]))
         traces = [*needle_traces(model, task, needles, n_question, seed)]
         trace, pairs = traces[0]
-        title = f"{needles:,} tokens with needles"
-        trace.show(pairs[-1][0] if chunk is None else chunk)
+        title, chunk = f"{needles:,} tokens with needles", pairs[-1][0] if chunk is None else chunk
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
         print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
+    trace.show(chunk)
     if html:
-        trace.page(html, title)
+        trace.page(html, title, chunk)
         print(f"{html} is written.")
     return saved["settings"]
+
+
+def check_size(model, n_token, chunk):
+    """ValueError for a text or a chunk that cannot be shown, before it is read."""
+    require(model.config.n_group, "--ckpt must be of a DRT: a base LM (--n_group 0) retrieves nothing")
+    n_text = model.config.chunk_size - 1
+    most = MOST * n_text
+    require(1 <= n_token <= most, f"the text must have 1 to {most:,} tokens, got {n_token:,}")
+    n_chunk = -(-n_token // n_text)
+    require(chunk is None or 0 <= chunk < n_chunk, f"--chunk must be in 0 .. {n_chunk - 1}, got {chunk}")
 
 
 class Trace:
@@ -60,9 +72,7 @@ class Trace:
     """
 
     def __init__(self, model, tokens, decode):
-        """tokens (T,) on the model's device; decode: token ids -> bytes. ValueError: nothing to see."""
-        require(model.config.n_group, "--ckpt must be of a DRT: a base LM (--n_group 0) retrieves nothing")
-        require(1 <= len(tokens) <= MOST, f"the text must have 1 to {MOST:,} tokens, got {len(tokens):,}")
+        """tokens (T,) on the model's device, that pass check_size(); decode: token ids -> bytes."""
         self.n_text, self.tokens, self.decode = model.config.chunk_size - 1, tokens.tolist(), decode
         self.n_chunk = -(-len(tokens) // self.n_text)
         found = []                              # of each group
@@ -92,9 +102,10 @@ class Trace:
 
     def show(self, chunk):
         """Print a chunk and what it retrieved: weight as a bar and a number, score, distance, text."""
-        require(0 <= chunk < self.n_chunk, f"--chunk must be in 0 .. {self.n_chunk - 1}, got {chunk}")
         start = chunk * self.n_text
-        print(f"chunk {chunk} of {self.n_chunk}, from token {start:,}: {visible(self.text(chunk))}")
+        print(f"chunk {chunk} of 0 .. {self.n_chunk - 1}, from token {start:,}: {visible(self.text(chunk))}")
+        if chunk:
+            print(f"the chunk before it, whose landmark searched: {visible(self.text(chunk - 1))}")
         for group in range(len(self.indices)):
             print(f"retrieved by group {group + 1}:" if len(self.indices) > 1 else "retrieved:")
             for index, weight, score in self.best(group, chunk):
@@ -102,33 +113,39 @@ class Trace:
                 print(f"  {'█' * round(20 * weight):20} {weight:5.3f}  score {score:7.2f}  chunk {index:5}  "
                       f"{distance:9,} tokens before  {visible(self.text(index))}")
             if not self.best(group, chunk):
-                print("  nothing: no chunk is complete before it")
-        print(f"retrieval took {self.gain[start:start + self.n_text].sum():.2f} nats off this chunk's loss")
+                print("  nothing: there is no chunk before the one that searched")
+        gain = self.gain[start:start + self.n_text].sum()
+        print(f"{gain:+.2f} nats gained on this chunk, over reading all of the text without retrieval")
 
-    def page(self, path, title):
+    def page(self, path, title, chosen):
         """Write one self-contained HTML page: chunks, what each retrieved, and whom it helped."""
         chunks = []
         for c in range(self.n_chunk):
-            found = [[[index, round(weight, 3), c - index] for index, weight, _ in self.best(g, c)]
+            found = [[[index, round(weight, 3), round(score, 2)] for index, weight, score in self.best(g, c)]
                      for g in range(len(self.indices))]
             chunks.append([self.runs(c), found])
-        data = dict(title=title, tokensPerChunk=self.n_text, chunks=chunks)
+        data = dict(title=title, chosen=chosen, tokensPerChunk=self.n_text, chunks=chunks)
         text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag can end the script
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         with atomic_file(path) as file:
             file.write(page.replace("DATA", text, 1).encode())
 
     def runs(self, chunk):
-        """[[text, shade]] of a chunk: neighbours that gained alike are one."""
+        """[[text, shade]] of a chunk: neighbours that gained alike are one, and so is a character's bytes."""
         start, runs = chunk * self.n_text, []
         gains = self.gain[start:start + self.n_text]
         shades = (gains / NATS * LEVELS).round().clamp(-LEVELS, LEVELS).int().tolist()
         for token, shade in zip(self.tokens[start:start + self.n_text], shades, strict=True):
-            if runs and runs[-1][1] == shade:
+            inside = runs and goes_on(self.decode(runs[-1][0][-1:]), self.decode([token]))
+            if runs and (inside or runs[-1][1] == shade):
                 runs[-1][0].append(token)
             else:
                 runs.append([[token], shade])
         return [[self.decode(ids).decode(errors="backslashreplace"), shade] for ids, shade in runs]
+
+
+def goes_on(before, after):             # whether a UTF-8 character that began in one is not over in the other
+    return before[-1:] >= b"\x80" and b"\x80" <= after[:1] < b"\xc0"
 
 
 def visible(text):                      # one line, and nothing that a terminal would obey
@@ -152,7 +169,8 @@ def retrieved(model, group, x, landmarks):
     weights, indices = type(model).retrieve(model, group, x, landmarks)
     query = model.query_norms[group](model.complete_chunks(x)[:, :, -1]).float()            # (1, C, d)
     scores = query @ landmarks.float().mT * query.shape[-1] ** -0.5
-    scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]          # by the landmark before each chunk
+    # Row c is to be what chunk c - 1's landmark gave: one row down. One more column, for the empty slots.
+    scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]
     return weights, indices, scores.gather(-1, indices.where(indices >= 0, scores.shape[-1] - 1))
 
 

@@ -25,6 +25,8 @@ def load_report(path):
         for row in rows:
             require(type(row["length"]) is int and abs(math.log(row["length"])) < 50, "no length")
             require(math.isfinite(row[kind]) and isinstance(row.get("model", ""), str), "nothing to draw")
+            require(("depth" in row) == ("depth" in rows[0]), "depths")
+            require("depth" not in row or math.isfinite(row["exact_match"]), "depths")
     except OSError:
         raise
     except Exception as error:                              # whatever foreign JSON makes of these lines
@@ -48,6 +50,8 @@ def plot(reports, path):
     kind = next(iter(kinds.values()))
     for report in tables:
         require(kinds[report] == kind, f"{report} must be of the same command as {reports[0]}")
+    if any("depth" in row for rows in tables.values() for row in rows):
+        return plot_depths(tables, path)
     keys = [kind] if kind in ("token_accuracy", "perplexity") else [*PANELS][2:]
     figure, axes = plt.subplots(1, len(keys), figsize=(8, 3.6) if len(keys) == 1 else (11, 3.4),
                                 layout="constrained", squeeze=False)
@@ -62,6 +66,29 @@ def plot(reports, path):
             axis.set(yscale="log")
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
+    save(figure, path)
+
+
+def plot_depths(tables, path):
+    """Whole answers right by length and depth of the needle, a map for each model."""
+    import matplotlib.pyplot as plt
+    runs = curves(tables)
+    figure, axes = plt.subplots(1, len(runs), figsize=(1 + 4 * len(runs), 3.8), layout="constrained",
+                                squeeze=False)
+    for axis, (name, rows) in zip(axes[0], runs.items(), strict=True):
+        lengths, depths = ([*dict.fromkeys(row[key] for row in rows)] for key in ("length", "depth"))
+        right = {(row["length"], row["depth"]): row["exact_match"] for row in rows}
+        table = [[right[length, depth] for length in lengths] for depth in depths]
+        image = axis.imshow(table, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axis.set(title=name.replace("$", r"\$"), xlabel="tokens of context", ylabel="depth of the needle, %",
+                 xticks=range(len(lengths)), yticks=range(len(depths)))
+        axis.set_xticklabels([f"{length:,}" for length in lengths], rotation=30)
+        axis.set_yticklabels([f"{depth:g}" for depth in depths])
+    figure.colorbar(image, ax=axes, label="whole answers right, %")
+    save(figure, path)
+
+
+def save(figure, path):
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:                             # of the name's ending
