@@ -1,5 +1,6 @@
 """Corpora: from folders and data sets to token ids, and what is said of folders that hold none."""
 import json
+import os
 import sys
 import types
 
@@ -46,6 +47,26 @@ def test_a_folder_of_text_becomes_a_corpus(tmp_path):
     (out / "val.bin").write_bytes(b"xx")
     with pytest.raises(ValueError, match="val.bin must hold the"):
         load_corpus(out)
+
+
+def test_a_corpus_that_is_not_its_documents_any_more_is_prepared_anew(tmp_path):
+    """Documents that changed and kept their size and time, and a file that was cut."""
+    folder, out = documents(tmp_path / "books", a="one two", b="three four"), tmp_path / "corpus"
+    line = ["text", str(folder), "--out", str(out), "--tokenizer", "bytes"]
+    prepare.main(line)
+    before = load_corpus(out).train.tolist()
+    for path in folder.glob("*.txt"):
+        times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+        path.write_text(path.read_text().upper())
+        os.utime(path, ns=times)
+    prepare.main(line)
+    after = load_corpus(out).train.tolist()
+    assert text_of(after) == text_of(before).upper() != text_of(before)
+    (out / "train.bin").write_bytes((out / "train.bin").read_bytes()[:-2])
+    with pytest.raises(ValueError, match="train.bin must hold the"):
+        load_corpus(out)
+    prepare.main(line)
+    assert load_corpus(out).train.tolist() == after
 
 
 def test_own_splits_are_kept(tmp_path):
