@@ -27,8 +27,10 @@ from tasks.needles import NeedleConfig
 from tasks.text import load_corpus, load_tokenizer
 from tools import cli
 from tools.run import (
+    RUN_PARTS,
     Ranks,
     Run,
+    check_first,
     check_space,
     flops_per_token,
     load_checkpoint,
@@ -173,6 +175,7 @@ def make_parser():
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to; default: out")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
+    parser.add_argument("--init_from", type=Path, help="begin with the model of this checkpoint")
     defaults = {}
     for field in FIELDS:
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
@@ -184,13 +187,17 @@ def make_parser():
     return parser
 
 
-def settings(args, device, saved):
-    """All settings as one dict: the preset's or the saved run's, under the flags; ValueError if at odds."""
+def settings(args, device, saved, first=None):
+    """All settings as one dict: the preset's or the saved run's, under the flags; ValueError if at odds.
+
+    first: the checkpoint of --init_from; the model's settings are its own.
+    """
     given = {f.name: getattr(args, f.name) for f in FIELDS if getattr(args, f.name) is not None}
     defaults = {f.name: f.default for f in FIELDS}
     if not saved:
         preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-        return defaults | PRESETS[preset] | given
+        model = {name: value for name, value in first["config"].items() if name in defaults} if first else {}
+        return defaults | PRESETS[preset] | model | given
     for name, value in given.items():
         before = saved["settings"].get(name, defaults[name])
         require(name in ("steps", "checkpoint_every", "micro_batch", "fast") or value == before,
@@ -243,7 +250,9 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     ranks = Ranks(device)
     saved = load_run(args.out, device) if args.resume else None
-    chosen = settings(args, device, saved)
+    require(not (args.resume and args.init_from), "--init_from must be left out with --resume")
+    first = load_checkpoint(args.init_from, device, RUN_PARTS)[1] if args.init_from else None
+    chosen = settings(args, device, saved, first)
     check_ranges(chosen)
     corpus = load_corpus(chosen["data"])
     require(not saved or corpus.tokenizer == saved["tokenizer"],
@@ -256,12 +265,13 @@ def main(argv=None):
     check(config, task, ranks.size)
     require(not saved or saved["config"] == asdict(model_config) and saved["length"] in task.lengths(),
             f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")
+    check_first(first, args.init_from, model_config, corpus.tokenizer)
     check_space(args.out, sum(shape.numel() for shape in shapes(model_config).values()))
 
     torch.manual_seed(config.seed)
     model = DRT(model_config).to(device).train()
-    if saved:
-        model.load_state_dict(saved["model"])
+    if saved or first:
+        model.load_state_dict((saved or first)["model"])
     if config.fast:
         fast.apply(model, config.compile)
     n_matrix = sum(p.numel() for p in model.parameters() if p.dim() >= 2)

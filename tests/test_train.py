@@ -98,6 +98,25 @@ def test_every_score_is_in_the_log(tmp_path, no_table):
     assert [i + 1 for i, row in enumerate(rows) if row["val_loss"]] == [25, 50, 55]
 
 
+def test_a_run_begins_with_the_weights_of_another(text_run, tmp_path, no_table, capsys):
+    """Of a language model, to find needles: its shape, without naming it, and its weights."""
+    before = load_checkpoint(text_run / "ckpt.pt", DEVICE)[1]
+    flags = ["--preset", "cpu", "--device", DEVICE.type, "--init_from", text_run / "ckpt.pt", "--n_value", 1]
+    train(tmp_path / "new", *flags, "--steps", 1, "--lr", 1e-9, "--batch_size", 2, "--top_k", 3)
+    model, after = load_checkpoint(tmp_path / "new" / "ckpt.pt", DEVICE)
+    assert model.config.n_embd == 16 and model.config.top_k == 3 and after["step"] == 1
+    for name, tensor in before["model"].items():
+        torch.testing.assert_close(after["model"][name], tensor, atol=1e-6, rtol=0)
+    for flags, message in ((["--n_embd", 32], f"--init_from: {text_run}/ckpt.pt has --n_embd 16, got 32"),
+                           (["--resume"], "--init_from must be left out with --resume"),
+                           (["--window", 5], "has --window 16, got 5")):
+        line = "--preset", "cpu", "--init_from", text_run / "ckpt.pt", *flags, "--out", tmp_path / "other"
+        if flags == ["--resume"]:
+            line = *line[:-1], text_run
+        assert message in refused(capsys, train_module.main, *line, "--device", DEVICE.type)
+    assert not (tmp_path / "other").exists()
+
+
 # ---------------------------------------------------------------- runs that are stopped, or shared
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])

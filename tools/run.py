@@ -75,6 +75,7 @@ def load_checkpoint(path, device, parts=PARTS):
         raise Damaged(f"{path} is damaged: its tensors are not those of its settings") from error
     model = DRT(config).to(device)
     model.load_state_dict(weights)
+    state["model"] = weights
     if "tokenizer" in state:
         model.newline = NEWLINES.get(state["tokenizer"], 0)     # what fast.generate pads prompts with
     return model.eval(), state
@@ -111,6 +112,16 @@ def load_optimizer(optimizer, state):
                                        for name in ("exp_avg", "exp_avg_sq")), "other tensors")
     except Exception as error:              # whatever torch makes of foreign numbers
         raise Damaged("the checkpoint is damaged: its optimizer is not that of its model") from error
+
+
+def check_first(state, path, config, tokenizer):
+    """ValueError if a checkpoint (or None) does not fit a run that is to begin with its weights."""
+    if state:
+        require(state["tokenizer"] == tokenizer,
+                f"--init_from: {path} has tokens of {state['tokenizer']}, got a corpus of {tokenizer}")
+        for name, value in asdict(config).items():
+            before, is_free = state["config"][name], name in ("gumbel", "retriever", "top_k")
+            require(is_free or value == before, f"--init_from: {path} has --{name} {before}, got {value}")
 
 
 def check_space(out, n_parameter):
