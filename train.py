@@ -2,6 +2,7 @@
 
     python train.py                                            needles, in minutes
     python train.py --seed 1 --n_layer 4 --n_group 2 --out out/deep
+    python train.py --init_from lm/ckpt.pt                     needles, with the weights of another run
     torchrun --nproc_per_node 8 train.py --preset pg19         the paper's pre-training, on several GPUs
 
 train() below is the loop. Contexts start short. For needles they double whenever the answers are right:
