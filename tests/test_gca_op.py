@@ -135,6 +135,8 @@ def test_a_gpu_without_room_for_the_tiles_takes_fewer_rows_or_the_reference(monk
                                 (torch.float32, (8, 99), 16), (torch.float16, (7, 64), 32),
                                 (torch.float16, (8, 99), 64), (torch.float32, (8, 48), None)):
         monkeypatch.setattr(gca_module, "gpu", lambda _, device=device: (device[0], device[1] * 1024))
+        assert gca_module.tile_fits(16, 128, 256, 2, 9, 227 * 1024)                         # H100
+        assert not gca_module.tile_fits(16, 128, 256, 2, 12, 99 * 1024)                     # RTX 50
         tensors = [x.to(dtype) for x in (q, k, v)]
         assert gca_module.kernel_fits(*tensors[:2]) == (rows is not None)
         if rows:
