@@ -111,7 +111,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 
 def run_niah(args, device):
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
-    settings = saved["settings"]
+    settings = vars(NeedleConfig()) | saved["settings"]
     require(TASKS.get(settings.get("task")) is Needles,
             f"--ckpt must be of a run with --task needles, got --task {settings.get('task')}")
     cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)

@@ -9,7 +9,7 @@ import torch
 
 import eval as evaluation
 from helpers import DEVICE, TEXT, random_tokens, refused, tiny
-from tasks.needles import Needles
+from tasks.needles import NeedleConfig, Needles
 from tasks.text import load_corpus
 from tools.inspect import Trace, check_size, first_of_all, needle_traces, visible
 
@@ -41,8 +41,7 @@ def test_a_trace_is_what_the_model_did():
 
 
 def test_needles_that_were_found_first(needle_run):
-    task = Needles(dict(seq_len=128, chunk_size=16, n_value=6, n_needle=3, needle="multi", straddle=False),
-                   load_corpus("stdlib"))
+    task = Needles(vars(NeedleConfig()) | dict(seq_len=128, chunk_size=16), load_corpus("stdlib"))
     (seen, pairs), _ = needle_traces(tiny(), task, 300, 4, 0)
     assert len(pairs) == 3
     for question, needle in pairs:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import model as model_module
 from helpers import DEVICE, TEXT, random_tokens, tiny
 from model import DRTConfig, alibi_slopes, retrieve, window_attention
-from tasks.needles import needle_batch
+from tasks.needles import Form, needle_batch
 from tasks.text import load_corpus
 
 # ---------------------------------------------------------------- sliding-window attention
@@ -120,8 +120,8 @@ def test_what_a_landmark_retrieves_serves_the_next_chunk(n_group):
 def test_the_answer_loss_trains_the_retriever(retriever):
     model = tiny(retriever=retriever).train()
     tokens, labels, at = (torch.from_numpy(x).to(DEVICE) for x in needle_batch(
-        load_corpus("stdlib").train, np.random.default_rng(0), 4, 128, 16, 3, 6))
-    model(tokens, torch.where(at, labels, -100))[1].backward()
+        load_corpus("stdlib").train, np.random.default_rng(0), 4, 128, Form(15, 6), 3))
+    model(tokens, torch.full_like(labels, -100).scatter(1, at, labels.gather(1, at)))[1].backward()
     gradient = model.query_norms[0].weight.grad
     assert gradient.abs().max() > 0 if retriever == "learned" else gradient is None
     assert model.encoder.value.weight.grad.abs().max() > 0

@@ -15,7 +15,7 @@ from fast.memory import Memory
 from gca import require
 from helpers import DEVICE, random_tokens, tiny
 from model import DRTConfig, retrieve
-from tasks.needles import NAME, NeedleConfig, needle_batch, random_starts
+from tasks.needles import NAME, Form, NeedleConfig, needle_batch, random_starts
 from tasks.text import window_batch
 from test_gca import assert_matches, inputs, kernel, needs_triton
 
@@ -105,10 +105,10 @@ def test_needles(seed, length, chunk_size, n_needle, n_value, straddle):
     n_needle = min(n_needle, (length - 1 - n_value) // (2 * (chunk_size - 1)))
     hypothesis.assume(n_needle >= 1)
     text, rng = np.full(1000, ord("."), np.uint8), np.random.default_rng(seed)
-    x, y, at = needle_batch(text, rng, 2, length, chunk_size, n_needle, n_value, straddle)
-    assert x.shape == y.shape == at.shape == (2, length) and (x[:, 1:] == y[:, :-1]).all()
-    assert (at.sum(1) == n_needle * n_value).all()
-    for row, answers in zip(x, y[at].reshape(2, n_needle, n_value), strict=True):
+    x, y, at = needle_batch(text, rng, 2, length, Form(chunk_size - 1, n_value), n_needle, straddle=straddle)
+    assert x.shape == y.shape == (2, length) and (x[:, 1:] == y[:, :-1]).all()
+    values = np.take_along_axis(y, at, 1).reshape(2, n_needle, n_value)
+    for row, answers in zip(x, values, strict=True):
         context = bytes(row.tolist())
         asked = [context[i + 2:i + 2 + NAME] for i in range(length) if context[i:i + 2] == b"|?"]
         assert len(set(asked)) == n_needle

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from eval import Reader
 from helpers import DEVICE, command
-from model import DRT, DRTConfig
+from model import DRT, DRTConfig, cross_entropy
 from tasks import text as text_module
-from tasks.needles import NeedleConfig, Needles, needle_batch
+from tasks.needles import ALPHABETS, Form, NeedleConfig, Needles, needle_batch
 from tasks.text import Text, encode_bytes, load_corpus, window_batch
 
 
@@ -83,13 +83,13 @@ def test_perplexity_scores_the_same_tokens_after_more_or_less_context():
 @pytest.mark.parametrize("length, chunk_size, n_needle", [(128, 16, 3), (131, 20, 3), (1000, 32, 9)])
 def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_size, n_needle):
     text, S = np.full(5000, ord("."), np.uint8), chunk_size - 1
-    tokens, labels, is_answer = needle_batch(
-        text, np.random.default_rng(0), 20, length, chunk_size, n_needle, 6, straddle)
-    assert tokens.shape == labels.shape == is_answer.shape == (20, length)
-    assert (is_answer.sum(1) == n_needle * 6).all() and (labels[:, :-1] == tokens[:, 1:]).all()
-    for row, label, answer in zip(tokens, labels, is_answer, strict=True):
+    tokens, labels, answer_at = needle_batch(
+        text, np.random.default_rng(0), 20, length, Form(S, 6), n_needle, straddle=straddle)
+    assert tokens.shape == labels.shape == (20, length) and answer_at.shape == (20, n_needle * 6)
+    assert (labels[:, :-1] == tokens[:, 1:]).all()
+    for row, label, answer in zip(tokens, labels, answer_at, strict=True):
         context, values = row.astype(np.uint8).tobytes(), label[answer].astype(np.uint8).tobytes()
-        firsts = np.flatnonzero(answer)[::6]                                       # positions of the colons
+        firsts = answer[::6]                                                        # positions of the colons
         assert (firsts % S == 0).all() and (np.diff(firsts) == S).all()
         for i, first in enumerate(firsts):
             name, value = context[first - 4:first], values[6 * i:6 * i + 6]
@@ -102,10 +102,57 @@ def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_
 @pytest.mark.parametrize("depth", [0, 0.25, 0.5, 0.99])
 def test_a_needle_at_a_depth(depth):
     text = np.full(5000, ord("."), np.uint8)
-    tokens, _, _ = needle_batch(text, np.random.default_rng(0), 4, 2000, 16, 1, 6, depth=depth)
+    tokens, _, _ = needle_batch(text, np.random.default_rng(0), 4, 2000, Form(15, 6), 1, depth=depth)
     for row in tokens:
         needle = bytes(row.tolist()).index(b"|")
         assert needle // 15 == int(depth * (1993 // 15 - 1))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("straddle", [False, True])
+def test_chains_lead_from_the_question_to_its_answer(tokenizer, spread, straddle):
+    """Needles |a:b| and |b:c|; then |?a ends a chunk, :b opens the next one, :c follows or opens one more."""
+    text, S, alphabet = np.full(5000, 7), 15, ALPHABETS[tokenizer]
+    form = Form(S, 6, 2, spread)
+    rng = np.random.default_rng(0)
+    tokens, labels, answer_at = needle_batch(text, rng, 9, 400, form, 5, alphabet, straddle)
+    assert answer_at.shape == (9, 5 * 12)
+    answer_at = answer_at.reshape(9, 5, 2, 6)
+    for row, label, answer in zip(tokens.tolist(), labels.tolist(), answer_at, strict=True):
+        context = "".join(map(chr, row))
+        bar, ask, colon = map(chr, alphabet[2:])
+        starts = set()
+        for parts in answer:
+            first, second = ("".join(chr(label[i]) for i in part) for part in parts)
+            at = int(parts[0, 0])
+            starts.add(at)
+            assert at % S == 0 and parts[1, 0] == at + (S if spread else 7)
+            assert row[at] == row[parts[1, 0]] == alphabet.colon and context[at - 8:at - 6] == bar + ask
+            name = context[at - 6:at]
+            for a, b in ((name, first), (first, second)):
+                place = context.index(f"{bar}{a}{colon}{b}{bar}")
+                assert context.count(f"{bar}{a}{colon}") == 1 and place < min(answer[:, 0, 0]) - S
+                assert straddle or place // S == (place + 14) // S
+        assert len(starts) == 5
+    assert form.room(400) == 6 and form.room(59) == (0 if spread else 1)
+    with pytest.raises(ValueError):
+        needle_batch(text, np.random.default_rng(0), 1, 400, form, 7, alphabet)
+
+
+def test_needles_of_gpt2_tokens_and_steps_of_plain_text():
+    corpus = load_corpus("stdlib")._replace(tokenizer="gpt2", vocab_size=50257)
+    task = Needles(settings(lm_share=0.25, n_value=8), corpus)
+    batches = [task.batch(step, 128, 2) for step in range(8)]
+    assert [answer_at.shape[1] > 0 for _, _, answer_at in batches] == [True, True, True, False] * 2
+    tokens, labels, answer_at = batches[0]
+    values = np.take_along_axis(labels, answer_at, 1)
+    assert values.max() > 40000 and values.min() >= 94
+    assert (batches[3][1][:, :-1] == batches[3][0][:, 1:]).all()
+    model = DRT(DRTConfig(vocab_size=50257)).to(DEVICE)
+    for batch in (batches[0], batches[3]):
+        loss, metrics = task.loss(model, *(torch.from_numpy(x).to(DEVICE) for x in batch))
+        assert loss.isfinite() and torch.stack(metrics).isfinite().all()
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -126,11 +173,15 @@ def test_scores_of_a_model_that_knows_the_answers():
         """Predicts every token of the batch, or only those that are no answers."""
         def __init__(self, knows):
             super().__init__()
-            self.knows = knows
+            self.knows, self.cross_entropy = knows, cross_entropy
+            self.embedding = torch.nn.Embedding.from_pretrained(torch.eye(256))
 
-        def forward(self, tokens):
-            right = torch.where(at & (not self.knows), 0, labels)
-            return 20.0 * F.one_hot(right, 256), None
+        def hidden(self, tokens):
+            right = labels if self.knows else labels.scatter(1, at, 0)
+            return 20.0 * F.one_hot(right, 256)
+
+        def head(self, hidden):
+            return hidden
 
     for knows in (True, False):
         loss, (answer_loss, lm_loss, accuracy) = task.loss(Oracle(knows), tokens, labels, at)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fast.files import atomic_file
 from gca import require
 from model import DRTConfig
-from tasks.needles import NAME, NeedleConfig, Needles
+from tasks.needles import NeedleConfig, Needles
 from tasks.text import EVALUATION, load_corpus, load_tokenizer
 from tools import cli
 from tools.run import RUN_PARTS, load_checkpoint
@@ -40,8 +40,9 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
         chunk = trace.n_chunk - 1 if chunk is None else chunk
     else:
         check_size(model, needles, chunk)
-        cli.check_types(saved["settings"], [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
-        task = Needles(saved["settings"], load_corpus(saved["settings"]["data"]))
+        settings = vars(NeedleConfig()) | saved["settings"]
+        cli.check_types(settings, [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
+        task = Needles(settings, load_corpus(settings["data"]))
         traces = [*needle_traces(model, task, needles, n_question, seed)]
         trace, pairs = traces[0]
         title, chunk = f"{needles:,} tokens with needles", pairs[-1][0] if chunk is None else chunk
@@ -179,16 +180,19 @@ def needle_traces(model, task, length, n_question, seed):
 
     The question is the chunk that opens with its colon, for which the chunk before it has retrieved.
     """
-    n_text, n = task.chunk_size - 1, task.fitting(length)
+    form, n_text, n = task.form, task.form.n_text, task.fitting(length)
+    decode = load_tokenizer(task.corpus.tokenizer).decode_bytes
     rng = np.random.default_rng([EVALUATION, seed, length])
     for _ in range(-(-n_question // n)):
         tokens = task.draw(task.corpus.val, rng, length, 1)[0][0]
-        context, last = bytes(tokens.tolist()), (length - 1 - task.n_value) // n_text
         pairs = []
-        for chunk in range(last - n + 1, last + 1):
-            name = context[chunk * n_text - NAME:chunk * n_text]
-            pairs.append((chunk, context.index(b"|" + name + b":") // n_text))
-        yield Trace(model, torch.from_numpy(tokens).to(model.embedding.weight.device), bytes), pairs
+        for i in reversed(range(n)):
+            question = form.last_border(length) - form.n_hop * i
+            name = tokens[question * n_text - form.n_name:question * n_text]
+            begins = [task.alphabet.bar, *name, task.alphabet.colon]            # |name:
+            found = (np.lib.stride_tricks.sliding_window_view(tokens, len(begins)) == begins).all(1)
+            pairs.append((question, int(found.argmax()) // n_text))
+        yield Trace(model, torch.from_numpy(tokens).to(model.embedding.weight.device), decode), pairs
 
 
 def first_of_all(trace, pairs):
