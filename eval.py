@@ -24,14 +24,16 @@ from fast.speed import speed, synchronize, warm_up
 from fast.stream import segment_length
 from gca import require
 from model import DRT, RETRIEVERS, DRTConfig
-from tasks.needles import NeedleConfig, Needles
+from tasks.needles import KINDS, NeedleConfig, Needles
+from tasks.summaries import Summaries, SummaryConfig, rouge_scorer
 from tasks.text import N_SCORED, Text, load_corpus, load_tokenizer
 from tools import cli
-from tools.inspect import inspect
+from tools.inspect import inspect, visible
 from tools.plot import plot, run_names
 from tools.run import RUN_PARTS, load_checkpoint
 
-TASKS = {"needles": Needles, "text": Text, "niah": Needles, "lm": Text}     # the last two: the paper's names
+TASKS = {"needles": Needles, "text": Text, "summaries": Summaries}
+TASKS |= {"niah": Needles, "lm": Text}                                      # the paper's names
 
 
 # ---------------------------------------------------------------- reading and measuring
@@ -85,6 +87,25 @@ class Reader:
         return logits
 
 
+    def generate(self, model, prompts, n, stop):
+        """What follows each prompt, greedily: lists of at most n tokens, which end before `stop`."""
+        most = 2 ** 18 if self.device.type == "cuda" else 2 ** 14               # tokens of prompts at once
+        made, groups, start = {}, [[]], time.perf_counter()
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            if groups[-1] and (len(groups[-1]) + 1) * len(prompts[i]) > most:
+                groups.append([])
+            groups[-1].append(i)
+        for group in groups:
+            texts = [prompts[i] for i in group]
+            with cli.autocast(self.device, self.dtype):
+                steps = torch.stack([*fast.generate(model, texts, n, temperature=0, stop=[stop])])
+            for i, tokens in zip(group, steps.T.tolist(), strict=True):
+                made[i] = [token for token in tokens if token not in (stop, -1)]
+        self.seconds += time.perf_counter() - start
+        self.tokens += sum(map(len, prompts)) + sum(map(len, made.values()))
+        return [made[i] for i in range(len(prompts))]
+
+
 def peak_memory(device):
     gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else 0.0
     return dict(peak_gpu_gib=gpu, peak_cpu_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
@@ -111,7 +132,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 
 def run_niah(args, device):
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
-    settings = vars(NeedleConfig()) | saved["settings"]
+    settings = vars(NeedleConfig()) | saved["settings"] | (dict(needle=args.needle) if args.needle else {})
     require(TASKS.get(settings.get("task")) is Needles,
             f"--ckpt must be of a run with --task needles, got --task {settings.get('task')}")
     cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)
@@ -132,10 +153,7 @@ def run_ppl(args, device):
     for path in args.ckpt:
         model, saved = load_checkpoint(path, device, RUN_PARTS)
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
-        found = corpus.tokenizer, corpus.vocab_size
-        require(found == (saved["tokenizer"], model.config.vocab_size),
-                f"--data must have {path}'s tokenizer {saved['tokenizer']} and vocabulary "
-                f"{model.config.vocab_size}, got {corpus.tokenizer} and {corpus.vocab_size}")
+        check_tokenizer(corpus, saved, path)
         model.config.retriever = args.retriever or model.config.retriever
         models[path], settings[path] = model, saved["settings"] | dict(retriever=model.config.retriever)
     require(args.split != "test" or corpus.test is not None,
@@ -147,6 +165,34 @@ def run_ppl(args, device):
     rows = measure(task, {names[path]: models[path] for path in models}, reader, args.lengths, args.places,
                    args.seed, split=args.split)
     return {names[path]: settings[path] for path in models}, rows
+
+
+def run_summarize(args, device):
+    """ROUGE of generated summaries, and a few of them beside the true ones."""
+    require(rouge_scorer(), "summaries are scored by the package rouge-score: pip install rouge-score")
+    models, reports, corpus, examples = {}, {}, None, {}
+    names = run_names(args.ckpt)
+    for path in args.ckpt:
+        model, saved = load_checkpoint(path, device, RUN_PARTS)
+        corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
+        check_tokenizer(corpus, saved, path)
+        models[names[path]], reports[names[path]] = model, vars(SummaryConfig()) | saved["settings"]
+    reader, rows = Reader(device, cli.pick_dtype(args.dtype, device)), []
+    for name, model in models.items():
+        task = Summaries(reports[name], corpus)
+        rows += measure(task, {name: model}, reader, None, args.documents, args.seed, split=args.split)
+        examples[name] = task.examples
+    for i, (kind, lead, references, _) in enumerate(examples[name]):
+        print(f"\n{kind}  {visible(lead)[:100]}\n  true: {visible(references[0])}")
+        for name in models:
+            print(f"  {name}: {visible(examples[name][i][-1])}")
+    return reports, rows
+
+
+def check_tokenizer(corpus, saved, path):
+    found, wanted = (corpus.tokenizer, corpus.vocab_size), (saved["tokenizer"], saved["config"]["vocab_size"])
+    require(found == wanted, f"--data must have {path}'s tokenizer {wanted[0]} and vocabulary {wanted[1]}, "
+            f"got {found[0]} and {found[1]}")
 
 
 def run_speed(args, device):
@@ -200,16 +246,15 @@ def make_parser():
                       "240, and fewer, at least 32, in long contexts")
     ppl = commands.add_parser("ppl", description="Perplexity of unseen text by context length: "
                               "the same tokens, after more or less context.")
-    ppl.add_argument("--ckpt", type=Path, nargs="+", default=[Path("out/ckpt.pt")],
-                     help="checkpoints, side by side; default: out/ckpt.pt")
     ppl.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
                      "default: 1024, 2048, .. 65536")
     ppl.add_argument("--places", type=int,
                      help=f"at each, {N_SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
-    ppl.add_argument("--data", help="a corpus of the same tokenizer; default: training's")
-    ppl.add_argument("--split", choices=["val", "test"], help="default: test, if there is one")
     ppl.add_argument("--retriever", choices=RETRIEVERS,
                      help="read other chunks than in training; default: the checkpoint's")
+    write = commands.add_parser("summarize", description="ROUGE of summaries that it writes for unseen "
+                                "documents (needs rouge-score), and a few examples.")
+    write.add_argument("--documents", type=int, help="of each kind; default: 400 on a GPU, 20 on a CPU")
     speed = commands.add_parser("speed", description="Time and memory of reading and of generating, by "
                                 "context length, on random tokens; without --ckpt with random weights.")
     speed.add_argument("--lengths", type=lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
@@ -226,6 +271,7 @@ def make_parser():
     sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
     sample.add_argument("--sample_top_k", type=int, help="among the k likeliest tokens")
     sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
+    niah.add_argument("--needle", choices=KINDS, help="another kind than in training")
     niah.add_argument("--depths", type=int, help="one needle, at so many depths of each context")
     look = commands.add_parser("inspect", description="What is retrieved for a chunk of a text.")
     text = look.add_mutually_exclusive_group(required=True)
@@ -236,6 +282,11 @@ def make_parser():
     look.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
     look.add_argument("--html", type=Path, help="write a page of all chunks to this file")
     niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
+    for command in (ppl, write):
+        command.add_argument("--ckpt", type=Path, nargs="+", default=[Path("out/ckpt.pt")],
+                             help="checkpoints, side by side; default: out/ckpt.pt")
+        command.add_argument("--data", help="a corpus of the same tokenizer; default: training's")
+        command.add_argument("--split", choices=["val", "test"], help="default: test, if there is one")
     for command in (niah, ppl):
         command.add_argument("--fast", type=cli.boolean, default=True,
                              help="read in segments, with faster pieces (fast/); false: by the plain files")
@@ -244,12 +295,12 @@ def make_parser():
     for command in (niah, sample, look):
         command.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="default: out/ckpt.pt")
     speed.add_argument("--ckpt", type=Path, help="checkpoint; default: random weights")
-    for command in (niah, ppl, speed, sample, look):
+    for command in (niah, ppl, write, speed, sample, look):
         command.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
         command.add_argument("--device", default="auto", help="cpu or cuda; default: cuda if there is a GPU")
         if command not in (sample, look):
             command.add_argument("--json", type=Path, help="write settings, hardware and rows here")
-    for command in (niah, ppl, speed, sample):
+    for command in (niah, ppl, write, speed, sample):
         command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
                              "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
     plot = commands.add_parser("plot", description="Draw what --json wrote (needs matplotlib).")
@@ -272,14 +323,15 @@ def main(argv=None):
         cli.check_writable("--out", args.out)
         return plot(args.reports, args.out)
     require(0 <= args.seed < 2 ** 63, f"--seed must be in 0 .. 2 ** 63 - 1, got {args.seed}")
-    for name in ("questions", "tokens", "places", "depths"):
+    for name in ("questions", "tokens", "places", "depths", "documents"):
         value = getattr(args, name, None)
         require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
     for flag in ("json", "html"):
         cli.check_writable(f"--{flag}", getattr(args, flag, None))
     device = cli.pick_device(args.device)
     torch.manual_seed(args.seed)
-    commands = dict(niah=run_niah, ppl=run_ppl, speed=run_speed, sample=run_sample, inspect=run_inspect)
+    commands = dict(niah=run_niah, ppl=run_ppl, summarize=run_summarize, speed=run_speed, sample=run_sample,
+                    inspect=run_inspect)
     run = commands[args.command]
     settings, rows = run(args, device)
     if rows and args.json:

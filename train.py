@@ -25,6 +25,7 @@ import fast
 from gca import require
 from model import DRT, DRTConfig
 from tasks.needles import KINDS, NeedleConfig
+from tasks.summaries import SummaryConfig
 from tasks.text import load_corpus, load_tokenizer
 from tools import cli
 from tools.run import (
@@ -45,7 +46,7 @@ from tools.run import (
 
 @dataclass
 class TrainConfig:
-    task: str = "needles"           # needles: find them in a haystack; text: language modelling
+    task: str = "needles"           # needles: find them in a haystack; text: language modelling; summaries
     data: str = "stdlib"            # the text: stdlib, or a folder that tools.prepare made
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
@@ -166,7 +167,7 @@ def make_optimizer(model, config):
 
 # ---------------------------------------------------------------- settings
 
-FIELDS = [*fields(TrainConfig), *fields(NeedleConfig)]
+FIELDS = [*fields(TrainConfig), *fields(NeedleConfig), *fields(SummaryConfig)]
 FIELDS += [field for field in fields(DRTConfig) if field.name != "vocab_size"]          # the corpus has that
 
 
@@ -183,7 +184,7 @@ def make_parser():
         if len(set(values.values())) > 1:
             defaults[field.name] = ", ".join(f"{name} {value}" for name, value in values.items())
     choices = dict(task=[*evaluation.TASKS], needle=KINDS, dtype=["auto", *cli.DTYPES])
-    parser.add_fields(TrainConfig, NeedleConfig, DRTConfig, choices=choices, defaults=defaults,
+    parser.add_fields(TrainConfig, NeedleConfig, SummaryConfig, DRTConfig, choices=choices, defaults=defaults,
                       leave_out=["vocab_size"])                         # the corpus has that
     return parser
 
@@ -204,7 +205,8 @@ def settings(args, device, saved, first=None):
         require(name in ("steps", "checkpoint_every", "micro_batch", "fast") or value == before,
                 f"--resume: the run in {args.out} has --{name} {before}, got {value}")
     chosen = defaults | saved["settings"] | given
-    cli.check_types(chosen, [TrainConfig, NeedleConfig, DRTConfig], f"{args.out}/ckpt.pt", ["vocab_size"])
+    configs = [TrainConfig, NeedleConfig, SummaryConfig, DRTConfig]
+    cli.check_types(chosen, configs, f"{args.out}/ckpt.pt", ["vocab_size"])
     require(chosen["steps"] >= saved["step"],
             f"--steps must be at least the {saved['step']} of the run in {args.out}, got {chosen['steps']}")
     return chosen

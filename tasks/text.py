@@ -64,6 +64,7 @@ class Corpus(NamedTuple):
     vocab_size: int
     tokenizer: str = "bytes"
     test: np.ndarray = None     # of yet others, where there are some
+    pairs: bool = False         # every second document is the summary of the one before it
 
 
 def load_corpus(name):
@@ -87,7 +88,7 @@ def load_corpus(name):
         require(n_token and path.is_file() and path.stat().st_size == 2 * n_token,
                 f"{path} must hold the {n_token} tokens that meta.json says: prepare it again")
         splits[split] = np.memmap(path, np.uint16, mode="r")
-    return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, **splits)
+    return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, pairs=meta.get("pairs") is True, **splits)
 
 
 def stdlib_corpus():

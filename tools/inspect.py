@@ -7,6 +7,7 @@
     trace.page(path)                            all of it, as one HTML file
 """
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from tools.run import RUN_PARTS, load_checkpoint
 
 MOST = 2 ** 13              # chunks: scores of all pairs of them are held at once
 LEVELS = 4                  # shades, in each direction, of what retrieval did to a token's loss
+NAMES = re.compile(r"[A-Za-z_]\w{3,}")
+RARE = 0.01                 # share of the chunks that hold a rare name, at most
 NATS = 2.0                  # the loss difference that the last shade stands for
 
 
@@ -49,6 +52,7 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
         print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
     trace.show(chunk)
+    trace.show_names(model.config.window)
     if html:
         trace.page(html, title, chunk)
         print(f"{html} is written.")
@@ -117,6 +121,26 @@ class Trace:
                 print("  nothing: there is no chunk before the one that searched")
         gain = self.gain[start:start + self.n_text].sum()
         print(f"{gain:+.2f} nats gained on this chunk, over reading all of the text without retrieval")
+
+    def show_names(self, window):
+        """Print how many chunks from beyond the window share a rare name with the chunk they served."""
+        found = [NAMES.findall(self.text(c)) for c in range(self.n_chunk)]
+        holders = {}                            # of each name: the chunks that hold it
+        for c, names in enumerate(found):
+            for name in set(names):
+                holders.setdefault(name, set()).add(c)
+        n, hits, by_chance = 0, 0, 0.0
+        for c, names in enumerate(found):
+            end = c - window // self.n_text     # chunks before this one are beyond the window
+            rare = [holders[name] for name in set(names) if len(holders[name]) <= max(2, self.n_chunk * RARE)]
+            related = {other for chunks in rare for other in chunks if other < end}
+            far = [index for g in range(len(self.indices)) for index, *_ in self.best(g, c) if index < end]
+            n += len(far)
+            hits += sum(index in related for index in far)
+            by_chance += len(far) * len(related) / max(1, end)
+        if n:
+            print(f"{100 * hits / n:.1f}% of {n:,} retrieved chunks beyond the window share a rare name with "
+                  f"the chunk they served; of random ones, {100 * by_chance / n:.1f}% would")
 
     def page(self, path, title, chosen):
         """Write one self-contained HTML page: chunks, what each retrieved, and whom it helped."""

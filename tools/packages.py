@@ -76,7 +76,14 @@ def split_packages(sizes):
 
 
 def documents(most=None):
-    """{split: {package: text}}, and {split: how many files were left out as copies}.
+    """{split: {package: text}}, and {split: how many files were left out as copies}; most: as split_files."""
+    files, copies = split_files(most)
+    return {split: {name: "".join(f"# {path}\n{text.rstrip()}\n\n" for path, text in texts.items())
+                    for name, texts in packages.items()} for split, packages in files.items()}, copies
+
+
+def split_files(most=None):
+    """{split: {package: {path: text}}}, and {split: how many files were left out as copies}.
 
     A file is a copy if most of its lines are in a split that is measured on, as those of a package that is
     installed under two names. most: characters of training text, at most.
@@ -88,17 +95,17 @@ def documents(most=None):
     for split in ("test", "val", "train"):              # what is measured on was never trained on
         result[split], here, room = {}, set(), most if split == "train" and most else float("inf")
         for name in splits[split]:
-            parts = []
+            kept = {}
             for path, text in packages[name].items():
                 lines = long_lines(text)
                 if len(lines & seen) > len(lines) / 2:
                     copies[split] += 1
                 elif room >= len(text):
-                    parts.append(f"# {path}\n{text.rstrip()}\n\n")
+                    kept[path] = text
                     room -= len(text)
                     here |= lines if split != "train" else set()
-            if parts:
-                result[split][name] = "".join(parts)
+            if kept:
+                result[split][name] = kept
         seen |= here
     return result, copies
 

@@ -4,6 +4,13 @@
     python -m tools.prepare packages                        the source of the installed Python packages
     python -m tools.prepare pg19                            the paper's corpora, from the Hugging Face hub
     python -m tools.prepare arxiv-math                      (they need the package datasets)
+
+Documents and summaries, for train.py --task summaries, are documents in turn, and val.jsonl and test.jsonl
+hold what generated summaries are compared with:
+
+    python -m tools.prepare docstrings                      functions and modules of the installed packages
+    python -m tools.prepare summaries PATH --out data/mine  JSONL: {"document": .., "summary": ..} a line
+    python -m tools.prepare xsum                            or cnn_dailymail: the paper's (package datasets)
 """
 import hashlib
 import json
@@ -26,7 +33,7 @@ from tqdm import tqdm
 from fast.files import atomic_file
 from gca import require
 from tasks.text import load_tokenizer
-from tools import cli, packages
+from tools import cli, packages, pairs
 
 # ---------------------------------------------------------------- a folder of text -> a corpus
 
@@ -60,14 +67,15 @@ def tokenize(document, tokenizer, errors):
     return np.append(tokenizer.encode(text), tokenizer.separator).astype(np.uint16), len(data)
 
 
-def prepare(splits, out, tokenizer, errors="strict"):
+def prepare(splits, out, tokenizer, errors="strict", pairs=False):
     """Write out/train.bin, val.bin (and test.bin), uint16, and meta.json. A split that is there is kept.
 
     splits  {name: (documents, how many (None: unknown), what identifies them)}
+    pairs   every second document is the summary of the one before it
     """
     kind = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
+    meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, pairs=pairs, splits={})
     for split, (documents, number, identity) in splits.items():
         source = digest(json.dumps([tokenizer, errors, identity]).encode())
         done = split_that_is_there(out, split, source)
@@ -121,9 +129,10 @@ def write_split(path, documents, number, tokenizer, errors):
     written = hashlib.sha256()
     pool = ProcessPoolExecutor(initializer=end_with_parent)
     try:
-        with atomic_file(path) as file, tqdm(desc=path.stem, total=number, unit="document") as bar:
-            while group := list(islice(documents, 256)):        # a pool would read all of a stream at once
-                for done in pool.map(work, group, chunksize=4):
+        with atomic_file(path) as file, tqdm(
+                desc=path.stem, total=number, unit="document", disable=None) as bar:
+            while group := list(islice(documents, 4096)):       # a pool would read all of a stream at once
+                for done in pool.map(work, group, chunksize=max(1, len(group) // 64)):
                     bar.update()
                     if done is None:
                         count["skipped"] += 1
@@ -164,18 +173,38 @@ def prepare_packages(out, tokenizer, most):
     prepare(work, out, tokenizer)
 
 
-# Data sets of the paper (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
-# the splits there, and which rows are meant. The arXiv part of proof-pile is ArXiv-math.
+def prepare_pairs(splits, out, tokenizer):
+    """{split: pairs} -> a corpus of documents and summaries in turn, and the references in SPLIT.jsonl."""
+    work = {}
+    for split, rows in splits.items():
+        texts = [text for pair in rows for text in (pair["document"], pair["summary"])]
+        work[split] = texts, len(texts), digest(json.dumps(rows).encode())
+    prepare(work, out, tokenizer, pairs=True)
+    for split, rows in splits.items():
+        if split != "train":
+            with atomic_file(out / f"{split}.jsonl") as file:
+                for pair in rows:
+                    row = dict(kind=pair.get("kind", "document"),
+                               references=pair.get("references", [pair["summary"]]))
+                    file.write((json.dumps(row) + "\n").encode())
+
+
+# The paper's data sets (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
+# the splits there, and what of a row is meant: its text, or document and summary. The arXiv part of
+# proof-pile is ArXiv-math.
 PROOF_PILE = "hf://datasets/hoskinson-center/proof-pile"
+SPLITS = dict(train="train", val="validation", test="test")
 DATASETS = {
-    "pg19": (dict(path="emozilla/pg19"),
-             dict(train="train", val="validation", test="test"),
-             lambda row: True),
+    "pg19": (dict(path="emozilla/pg19"), SPLITS, lambda row: row["text"]),
     "arxiv-math": (dict(path="json", data_files=dict(train=f"{PROOF_PILE}/train/*.jsonl.gz",
                                                      val=f"{PROOF_PILE}/dev/*.jsonl.gz",
                                                      test=f"{PROOF_PILE}/test/*.jsonl.gz")),
                    dict(train="train", val="val", test="test"),
-                   lambda row: json.loads(row["meta"]).get("config") == "arxiv"),
+                   lambda row: row["text"] if json.loads(row["meta"]).get("config") == "arxiv" else None),
+    "xsum": (dict(path="EdinburghNLP/xsum"), SPLITS,
+             lambda row: dict(document=row["document"], summary=row["summary"])),
+    "cnn_dailymail": (dict(path="abisee/cnn_dailymail", name="3.0.0"), SPLITS,
+                      lambda row: dict(document=row["article"], summary=row["highlights"])),
 }
 
 
@@ -187,12 +216,16 @@ def prepare_dataset(name, out, tokenizer):
         raise ValueError(f"{name} needs the package datasets: pip install datasets") from error
     arguments, names, wanted = DATASETS[name]
 
-    def texts(split):
+    def rows(split):
         for row in load_dataset(**arguments, split=split, streaming=True):
             if wanted(row):
-                yield row["text"]
+                yield wanted(row)
 
-    prepare({split: (texts(theirs), None, [name, theirs]) for split, theirs in names.items()}, out, tokenizer)
+    if name in ("xsum", "cnn_dailymail"):
+        complete = {split: [pair for pair in rows(theirs) if all(text.strip() for text in pair.values())]
+                    for split, theirs in names.items()}
+        return prepare_pairs(complete, out, tokenizer)
+    prepare({split: (rows(theirs), None, [name, theirs]) for split, theirs in names.items()}, out, tokenizer)
 
 
 # ---------------------------------------------------------------- command line
@@ -209,8 +242,16 @@ def main(argv=None):
     installed = commands.add_parser("packages", description="The source of the installed Python packages and "
                                     "of the standard library, a document a package, four spaces as a tab.")
     installed.add_argument("--out", type=Path, default=Path("data/code"), help="default: %(default)s")
-    installed.add_argument("--most", type=int, default=400, help="millions of characters to train on "
-                           "(default: %(default)s)")
+    docstrings = commands.add_parser("docstrings", description="Functions and modules of the installed "
+                                     "packages without their docstring, and its first line.")
+    docstrings.add_argument("--out", type=Path, default=Path("data/docstrings"), help="default: %(default)s")
+    for command in (installed, docstrings):
+        command.add_argument("--most", type=int, default=400, help="millions of characters to train on "
+                             "(default: %(default)s)")
+    jsonl = commands.add_parser("summaries", description='JSONL, a line {"document": .., "summary": ..}; '
+                                'also "references" in test lines: all that are accepted.')
+    jsonl.add_argument("path", type=Path, help="a file, or a folder: train.jsonl, val.jsonl (and test.jsonl)")
+    jsonl.add_argument("--out", type=Path, required=True, help="folder to write to")
     for name in DATASETS:
         download = commands.add_parser(name, description=f"Download {name} (needs the package datasets).")
         download.add_argument("--out", type=Path, default=Path("data") / name, help="default: %(default)s")
@@ -221,9 +262,15 @@ def main(argv=None):
     if args.command == "text":
         require(args.folder.is_dir(), f"FOLDER: no folder {args.folder}")
         prepare_text(args.folder, args.out, args.tokenizer, args.errors)
-    elif args.command == "packages":
+    elif args.command in ("packages", "docstrings"):
         require(args.most > 0, f"--most must be positive, got {args.most}")
-        prepare_packages(args.out, args.tokenizer, args.most * 10 ** 6)
+        if args.command == "packages":
+            prepare_packages(args.out, args.tokenizer, args.most * 10 ** 6)
+        else:
+            prepare_pairs(pairs.docstrings(args.most * 10 ** 6), args.out, args.tokenizer)
+    elif args.command == "summaries":
+        require(args.path.exists(), f"PATH: no file or folder {args.path}")
+        prepare_pairs(pairs.from_jsonl(args.path), args.out, args.tokenizer)
     else:
         prepare_dataset(args.command, args.out, args.tokenizer)
 

@@ -1,0 +1,117 @@
+"""Documents and their summaries, for train.py --task summaries.
+
+    docstrings()    functions and modules of the installed packages, and their docstrings' first lines
+    from_jsonl()    {"document": .., "summary": ..} a line; test lines may list more "references"
+
+A pair is a dict of these, with "kind" (function, module) where the table tells kinds apart.
+"""
+import ast
+import json
+import re
+import textwrap
+import zlib
+from collections import Counter
+
+from gca import require
+from tools import packages
+
+WORDS = 3                   # in a docstring's first line, at least
+SHORTEST = dict(function=100, module=500)                   # characters of a document
+MOST = dict(train=60_000, val=2_000, test=2_000)            # functions of a split; modules are all kept
+
+
+# ---------------------------------------------------------------- docstrings
+
+def docstrings(most):
+    """{split: pairs} of the installed packages, split as packages.split_files() splits them."""
+    files, _ = packages.split_files(most)
+    splits, seen = {}, set()
+    for split, texts_by_package in files.items():           # test and val before train
+        pairs = [pair for texts in texts_by_package.values() for text in texts.values()
+                 for pair in pairs_of_file(text) if pair["document"] not in seen]
+        seen |= {pair["document"] for pair in pairs}
+        pairs.sort(key=lambda pair: zlib.crc32(pair["document"].encode()))
+        kept, count = [], Counter()
+        for pair in pairs:
+            count[pair["kind"]] += 1
+            if pair["kind"] == "module" or count["function"] <= MOST[split]:
+                kept.append(pair)
+        splits[split] = kept
+    return splits
+
+
+def pairs_of_file(text):
+    """A file's pairs: each function, and the module. The text has tabs for four spaces (packages.py)."""
+    source = re.sub(r"^\t+", lambda tabs: "    " * len(tabs[0]), text, flags=re.M)
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):      # of another Python, or by a machine
+        return
+    lines = source.split("\n")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module):
+            kind, first, last = "module", 1, len(lines)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kind, first, last = "function", node.lineno, node.end_lineno
+        else:
+            continue
+        docstring = ast.get_docstring(node)
+        summary = docstring.strip().split("\n")[0].strip() if docstring else ""
+        if len(summary.split()) < WORDS or len(node.body) < 2:
+            continue
+        doc, after = node.body[0], node.body[1]
+        if after.lineno == doc.end_lineno or kind == "function" and doc.lineno == node.lineno:
+            continue                                        # on one line with code
+        rest = lines[first - 1:doc.lineno - 1] + lines[doc.end_lineno:last]
+        document = packages.with_tabs(textwrap.dedent("\n".join(rest)).strip("\n"))
+        if len(document) >= SHORTEST[kind] and "\0" not in document:
+            yield dict(kind=kind, document=document, summary=summary)
+
+
+# ---------------------------------------------------------------- JSONL
+
+def from_jsonl(path):
+    """{split: pairs} of a folder's train.jsonl, val.jsonl and test.jsonl, or of one file, split by a hash.
+
+    ValueError for a line that is no pair, by its number.
+    """
+    if path.is_file():
+        splits = dict(train=[], val=[], test=[])
+        for pair in read_jsonl(path):
+            part = zlib.crc32(pair["document"].encode()) % 20
+            splits["val" if part == 0 else "test" if part == 1 else "train"].append(pair)
+    else:
+        require((path / "train.jsonl").is_file(), f"PATH: {path} must be a .jsonl file, or a folder with "
+                "train.jsonl, val.jsonl and test.jsonl")
+        splits = {split: [*read_jsonl(path / f"{split}.jsonl")] for split in ("train", "val", "test")
+                  if (path / f"{split}.jsonl").is_file()}
+    for split in ("train", "val"):
+        require(splits.get(split), f"PATH: {path} must hold pairs for {split}, got none")
+    return {split: pairs for split, pairs in splits.items() if pairs}
+
+
+def read_jsonl(path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError(f"{where}: must be a JSON object with document and summary") from None
+            require(isinstance(row, dict), f"{where}: must be a JSON object with document and summary")
+            yield checked(row, where)
+
+
+def checked(row, where):
+    """A pair, without what else the row holds; ValueError, which begins with `where`, if it is none."""
+    pair = {name: row.get(name) for name in ("document", "summary")}
+    for name, text in pair.items():
+        require(isinstance(text, str), f"{where}: {name} must be text, got {text!r:.40}")
+        require(text.strip(), f"{where}: {name} must not be empty")
+    references = row.get("references") or []
+    require(isinstance(references, list) and all(isinstance(x, str) and x.strip() for x in references),
+            f"{where}: references must be a list of texts, got {references!r:.40}")
+    for text in (*pair.values(), *references):
+        require(not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text),
+                f"{where}: must be text, without zero bytes and halves of surrogate pairs")
+    return pair | (dict(references=references) if references else {})
