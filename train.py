@@ -24,7 +24,7 @@ import eval as evaluation
 import fast
 from gca import require
 from model import DRT, DRTConfig
-from tasks.needles import KINDS, NeedleConfig
+from tasks.needles import KINDS, PATHS, NeedleConfig
 from tasks.summaries import SummaryConfig
 from tasks.text import load_corpus, load_tokenizer
 from tools import cli
@@ -183,7 +183,7 @@ def make_parser():
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
         if len(set(values.values())) > 1:
             defaults[field.name] = ", ".join(f"{name} {value}" for name, value in values.items())
-    choices = dict(task=[*evaluation.TASKS], needle=KINDS, dtype=["auto", *cli.DTYPES])
+    choices = dict(task=[*evaluation.TASKS], needle=KINDS, path=PATHS, dtype=["auto", *cli.DTYPES])
     parser.add_fields(TrainConfig, NeedleConfig, SummaryConfig, DRTConfig, choices=choices, defaults=defaults,
                       leave_out=["vocab_size"])                         # the corpus has that
     return parser

@@ -11,8 +11,12 @@ next chunk. Its colon opens the next chunk: it is the first token that sees what
 the answer. (The last text token of a chunk predicts before its own landmark has retrieved. The paper lets the
 answer itself open the chunk.) Other than in the paper, every needle is asked for.
 
-`--needle multihop` hides chains of two needles, |a:b| and |b:c|. The question |?a asks for the path :b:c, and
-nothing in the question or in the first needle says where the second one lies.
+`--needle multihop` hides chains of two needles, |a:b| and |b:c|. The question |?a asks for the path :b:c,
+which opens the next chunk, and whose second part may open one more (`--path spread`):
+
+    ..  None|?aaaa // :bbbb:cccc .. //                      joined
+    ..  None|?aaaa // :bbbb .assert // :cccc (x, y) ..      spread: the landmark between has read b
+    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        late: nothing that is written says b in between
 
 Names and values are random: bytes that source code hardly contains, or GPT-2 tokens of any kind.
 `python -m tasks.needles` shows an example, one chunk a line.
@@ -29,6 +33,7 @@ from gca import require
 from tasks.text import EVALUATION, TRAINING, VALIDATION, stdlib_corpus, window_batch
 
 KINDS = "multi", "single", "multihop"
+PATHS = "joined", "spread", "late"
 NAME = 4            # tokens in a needle's name
 
 
@@ -54,7 +59,7 @@ class NeedleConfig:
     n_needle: int = 3               # as many as there are questions, in a long context (multihop: chains)
     n_value: int = 6                # tokens in a needle's value (multihop: in each name, too)
     straddle: bool = False          # True: needles lie anywhere; False: each inside one chunk
-    spread: bool = False            # multihop: the answer's second part opens a chunk of its own
+    path: str = "joined"            # multihop's answer: in one chunk; spread: over two; late: a chunk later
     grow_at: float = 0.9            # answer accuracy at which the context doubles
     lm_weight: float = 0.3          # of the language-model loss, beside the answers'
     lm_share: float = 0.0           # share of the steps that are language modelling alone
@@ -67,7 +72,7 @@ class Form(NamedTuple):
     n_text: int             # text tokens of a chunk
     n_value: int
     n_hop: int = 1
-    spread: bool = False
+    path: str = "joined"
 
     @property
     def n_name(self):
@@ -80,20 +85,27 @@ class Form(NamedTuple):
     @property
     def parts(self):
         """Where the parts of an answer begin, each with its colon, behind the border of the question."""
-        return [0, self.n_text if self.spread else self.n_value + 1][:self.n_hop]
+        first = self.n_text if self.path == "late" else 0
+        second = self.n_text if self.path == "spread" else first + self.n_value + 1
+        return [first, second] if self.n_hop > 1 else [0]
 
     @property
     def answer(self):
         """The positions, behind that border, whose next token belongs to the answer."""
         return np.concatenate([part + np.arange(self.n_value) for part in self.parts])
 
+    @property
+    def n_chunk(self):
+        """Chunks from one question to the next."""
+        return 1 if self.n_hop == 1 else 3 if self.path == "late" else 2
+
     def last_border(self, length):
         """The chunk that the last question's answer opens."""
         return (length - 1 - self.parts[-1] - self.n_value) // self.n_text
 
     def room(self, length):
-        """How many questions a context of this length can have: a chunk for each needle and answer part."""
-        return (self.last_border(length) + self.n_hop - 1) // (2 * self.n_hop)
+        """How many questions a context of this length can have, with a chunk for each needle."""
+        return (self.last_border(length) + self.n_chunk - 1) // (self.n_chunk + self.n_hop)
 
 
 def needle_batch(text, rng, batch, length, form, n_question, alphabet=ALPHABETS["bytes"], straddle=False,
@@ -125,8 +137,8 @@ def needle_batch(text, rng, batch, length, form, n_question, alphabet=ALPHABETS[
     needles = [np.concatenate([bar, a, colon, b, bar], axis=2)
                for a, b in zip(chain[:-1], chain[1:], strict=True)]
 
-    # Where the questions go: they end at the last chunk borders, one for each part of an answer.
-    border = form.last_border(length) - form.n_hop * np.arange(n)[::-1]                 # (n,), in chunks
+    # Where the questions go: they end at the last chunk borders, with room for the answers between them.
+    border = form.last_border(length) - form.n_chunk * np.arange(n)[::-1]               # (n,), in chunks
     border_at = np.broadcast_to(border * n_text, (B, n))
 
     # Where the needles go: before all questions, each in a chunk of its own (straddle: anywhere).
@@ -194,10 +206,12 @@ class Needles:
     def __init__(self, settings, corpus):
         """settings: those of a run, by name: NeedleConfig's, chunk_size, seed and seq_len among them."""
         self.settings, self.corpus = settings, corpus
-        kind, n_value, n_text = settings["needle"], settings["n_value"], settings["chunk_size"] - 1
+        kind, path, n_text = settings["needle"], settings["path"], settings["chunk_size"] - 1
+        n_value = settings["n_value"]
         require(kind in KINDS, f"needle must be one of {', '.join(KINDS)}, got {kind!r}")
+        require(path in PATHS, f"path must be one of {', '.join(PATHS)}, got {path!r}")
         self.alphabet = ALPHABETS[corpus.tokenizer]
-        self.form = Form(n_text, n_value, 2 if kind == "multihop" else 1, settings["spread"])
+        self.form = Form(n_text, n_value, 2 if kind == "multihop" else 1, path)
         self.n_question = 1 if kind == "single" else settings["n_needle"]
         require(self.n_question >= 1, f"n_needle must be at least 1, got {self.n_question}")
         most, fewest = len(self.alphabet.values), self.form.n_hop

@@ -24,7 +24,7 @@ N_EXAMPLE = 3       # of each kind, kept to be shown
 
 @dataclass
 class SummaryConfig:
-    n_summary: int = 128            # most tokens of a summary
+    n_summary: int = 256            # most tokens of a summary
 
 
 # ---------------------------------------------------------------- pairs and training contexts

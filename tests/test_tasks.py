@@ -109,12 +109,12 @@ def test_a_needle_at_a_depth(depth):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("path", ["joined", "spread", "late"])
 @pytest.mark.parametrize("straddle", [False, True])
-def test_chains_lead_from_the_question_to_its_answer(tokenizer, spread, straddle):
-    """Needles |a:b| and |b:c|; then |?a ends a chunk, :b opens the next one, :c follows or opens one more."""
+def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, straddle):
+    """Needles |a:b| and |b:c|; then |?a ends a chunk, :b opens a later one, :c follows or opens one more."""
     text, S, alphabet = np.full(5000, 7), 15, ALPHABETS[tokenizer]
-    form = Form(S, 6, 2, spread)
+    form = Form(S, 6, 2, path)
     rng = np.random.default_rng(0)
     tokens, labels, answer_at = needle_batch(text, rng, 9, 400, form, 5, alphabet, straddle)
     assert answer_at.shape == (9, 5 * 12)
@@ -127,17 +127,21 @@ def test_chains_lead_from_the_question_to_its_answer(tokenizer, spread, straddle
             first, second = ("".join(chr(label[i]) for i in part) for part in parts)
             at = int(parts[0, 0])
             starts.add(at)
-            assert at % S == 0 and parts[1, 0] == at + (S if spread else 7)
-            assert row[at] == row[parts[1, 0]] == alphabet.colon and context[at - 8:at - 6] == bar + ask
-            name = context[at - 6:at]
+            assert at % S == 0 and parts[1, 0] == at + (S if path == "spread" else 7)
+            assert row[at] == row[parts[1, 0]] == alphabet.colon
+            border = at - (S if path == "late" else 0)
+            assert context[border - 8:border - 6] == bar + ask
+            name = context[border - 6:border]
             for a, b in ((name, first), (first, second)):
                 place = context.index(f"{bar}{a}{colon}{b}{bar}")
                 assert context.count(f"{bar}{a}{colon}") == 1 and place < min(answer[:, 0, 0]) - S
+                assert context.count(f"{bar}{ask}{name}") == 1
                 assert straddle or place // S == (place + 14) // S
         assert len(starts) == 5
-    assert form.room(400) == 6 and form.room(59) == (0 if spread else 1)
+    room = dict(joined=6, spread=6, late=5)[path]
+    assert form.room(400) == room and form.room(59) == (path == "joined")
     with pytest.raises(ValueError):
-        needle_batch(text, np.random.default_rng(0), 1, 400, form, 7, alphabet)
+        needle_batch(text, np.random.default_rng(0), 1, 400, form, room + 1, alphabet)
 
 
 def test_needles_of_gpt2_tokens_and_steps_of_plain_text():

@@ -211,7 +211,7 @@ def needle_traces(model, task, length, n_question, seed):
         tokens = task.draw(task.corpus.val, rng, length, 1)[0][0]
         pairs = []
         for i in reversed(range(n)):
-            question = form.last_border(length) - form.n_hop * i
+            question = form.last_border(length) - form.n_chunk * i
             name = tokens[question * n_text - form.n_name:question * n_text]
             begins = [task.alphabet.bar, *name, task.alphabet.colon]            # |name:
             found = (np.lib.stride_tricks.sliding_window_view(tokens, len(begins)) == begins).all(1)
