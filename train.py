@@ -75,13 +75,15 @@ PRESETS = {
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
                 start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=3000, lr=2e-3,
                 gumbel=False),
-    "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
-    "code": LM | dict(data="data/code", n_layer=8, n_encoder=0, n_embd=384, n_head=6, gca_residual=True,
-                      gumbel=False, start_len=1008, seq_len=8064, batch_size=64, batch_tokens=64512,
-                      steps=2400, warmup=100, validate_every=200),
+    "multihop": dict(needle="multihop", n_layer=8, n_encoder=1, top_k=8, n_needle=2, n_value=4, start_len=80,
+                     seq_len=1024, batch_size=256, batch_tokens=32768, steps=2000, lr=3e-3),
+    "code": LM | dict(data="data/code", n_layer=8, n_encoder=0, n_embd=384, n_head=6, top_k=16,
+                      gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=64,
+                      batch_tokens=64512, steps=2400, warmup=100, validate_every=200),
     "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
                        gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=64,
                        batch_tokens=64512, steps=3000, warmup=100, validate_every=100),
+    "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
 }
 
 
@@ -265,6 +267,10 @@ def main(argv=None):
     model_config = pick(DRTConfig, chosen, vocab_size=corpus.vocab_size)
     require(config.task in evaluation.TASKS, f"--task must be a task, got {config.task}")
     task = evaluation.TASKS[config.task](chosen, corpus)
+    if config.task == "needles" and args.n_needle:
+        room = task.form.room(config.seq_len)
+        require(args.n_needle <= room, f"--n_needle must be at most {room}, the questions that a context of "
+                f"--seq_len {config.seq_len} has room for, got {args.n_needle}")
     check(config, task, ranks.size)
     require(not saved or saved["config"] == asdict(model_config) and saved["length"] in task.lengths(),
             f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")

@@ -17,6 +17,7 @@ from model import DRT, CrossAttention, SelfAttention
 
 __all__ = ["Memory", "apply", "describe", "generate", "read"]
 
+LARGE_VOCABULARY = 4096         # from here on the loss is taken in blocks
 TABLE = [
     # plain piece                           fast twin                 in words
     (CrossAttention, "gca",                 gca.gca,                  gca.kernels_in_words),
@@ -43,6 +44,8 @@ def apply(model, compile=False):
 
 def swap(model):
     for kind, attribute, twin, _ in TABLE:
+        if kind is DRT and model.config.vocab_size < LARGE_VOCABULARY:
+            continue                            # all logits are few: blocks would be more launches, not fewer
         for module in model.modules():
             if isinstance(module, kind):
                 setattr(module, attribute, twin)

@@ -110,11 +110,14 @@ def test_apply_swaps_what_its_table_says():
     assert fast.describe(model) == ""
     assert fast.apply(model) is model
     if DEVICE.type == "cuda":
-        assert "kernels, flex attention, loss in blocks" in fast.describe(model)
+        assert "kernels, flex attention" in fast.describe(model)
     else:
         assert fast.describe(model) == ""
     fast.swap(model)
-    assert model.layers[1].cross.gca is fast.gca.gca and model.cross_entropy is fast.loss.cross_entropy
+    assert model.layers[1].cross.gca is fast.gca.gca and model.cross_entropy is plain.cross_entropy
+    large = tiny(vocab_size=5000)
+    fast.swap(large)
+    assert large.cross_entropy is fast.loss.cross_entropy and "loss in blocks" in fast.describe(large)
     assert model.encoder.layers[0].attention.window_attention is fast.window.window_attention
     assert fast.describe(tiny(n_group=0)) == ""
 
@@ -124,6 +127,7 @@ def test_fast_true_and_false_train_alike(task, tmp_path, monkeypatch):
     """The same losses over 20 steps in float32, with every piece swapped by force where there is no GPU."""
     monkeypatch.setattr(train, "final_table", lambda *_: None)
     monkeypatch.setattr(fast, "apply", lambda model, compile: fast.swap(model))
+    monkeypatch.setattr(fast, "LARGE_VOCABULARY", 0)
     flags = ["--preset", "cpu", "--task", task, "--steps", "20", "--batch_size", "8", "--window", "20",
              "--device", DEVICE.type]
     losses = []
