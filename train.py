@@ -267,10 +267,6 @@ def main(argv=None):
     model_config = pick(DRTConfig, chosen, vocab_size=corpus.vocab_size)
     require(config.task in evaluation.TASKS, f"--task must be a task, got {config.task}")
     task = evaluation.TASKS[config.task](chosen, corpus)
-    if config.task == "needles" and args.n_needle:
-        room = task.form.room(config.seq_len)
-        require(args.n_needle <= room, f"--n_needle must be at most {room}, the questions that a context of "
-                f"--seq_len {config.seq_len} has room for, got {args.n_needle}")
     check(config, task, ranks.size)
     require(not saved or saved["config"] == asdict(model_config) and saved["length"] in task.lengths(),
             f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")

@@ -125,6 +125,19 @@ document.body.dataset.shown = rows.map(row => row.lastChild.textContent).join(""
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium is installed")
+def test_the_chosen_chunk_is_in_view(tmp_path):
+    """Also among chunks of many lines, whose height is not known before they are seen."""
+    text = b"".join(b"\n" * 14 + b"x" if c % 3 else b"all on one line"[:TEXT] for c in range(600))
+    seen = Trace(tiny(), torch.tensor([*text], device=DEVICE), bytes)
+    seen.page(tmp_path / "page.html", "lines", 451)
+    script = """
+setTimeout(() => { const {top, bottom} = rows[451].getBoundingClientRect();
+                   document.body.dataset.seen = top >= 0 && bottom <= innerHeight; }, 2000);
+"""
+    assert 'data-seen="true"' in in_browser(tmp_path / "page.html", script, tmp_path)
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium is installed")
 @pytest.mark.parametrize("size", ["1200,760", "400,800"])
 def test_the_page_of_2000_chunks(size, tmp_path):
     """Small, complete, and by keyboard: down, to the heaviest, and back. No wider than a phone."""
