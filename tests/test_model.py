@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import model as model_module
 from helpers import DEVICE, TEXT, random_tokens, tiny
 from model import DRTConfig, alibi_slopes, retrieve, window_attention
-from tasks.needles import Form, needle_batch
+from tasks.haystack import Form, needle_batch
 from tasks.text import load_corpus
 
 # ---------------------------------------------------------------- sliding-window attention

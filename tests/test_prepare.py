@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import command, refused
-from tasks.needles import Form, needle_batch
+from tasks.haystack import Form, needle_batch
 from tasks.text import load_corpus, load_tokenizer
 from tools import packages, prepare
 

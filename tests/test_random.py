@@ -15,7 +15,8 @@ from fast.memory import Memory
 from gca import require
 from helpers import DEVICE, random_tokens, tiny
 from model import DRTConfig, retrieve
-from tasks.needles import NAME, Form, NeedleConfig, needle_batch, random_starts
+from tasks.haystack import NAME, Form, needle_batch, random_starts
+from tasks.needles import NeedleConfig
 from tasks.text import window_batch
 from test_gca import assert_matches, inputs, kernel, needs_triton
 

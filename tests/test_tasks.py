@@ -8,7 +8,8 @@ from eval import Reader
 from helpers import DEVICE, command
 from model import DRT, DRTConfig, cross_entropy
 from tasks import text as text_module
-from tasks.needles import ALPHABETS, Form, NeedleConfig, Needles, needle_batch
+from tasks.haystack import ALPHABETS, Form, needle_batch
+from tasks.needles import NeedleConfig, Needles
 from tasks.text import Text, encode_bytes, load_corpus, window_batch
 
 
