@@ -53,7 +53,7 @@ class TrainConfig:
     batch_size: int = 64            # contexts in a batch, over all GPUs
     batch_tokens: int = 8192        # most tokens in a batch: long contexts come in smaller batches
     micro_batch: int = 0            # contexts that a GPU takes at once, their gradients added up; 0: all
-    steps: int = 480                # updates of the weights
+    steps: int = 600                # updates of the weights
     lr: float = 4e-3                # peak learning rate
     final_lr: float = 0.1           # where the cosine ends, as a share of the peak
     warmup: int = 50                # steps of linear warm-up

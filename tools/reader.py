@@ -1,0 +1,83 @@
+"""How eval.py reads texts and generates: by the clock, as much at once as fits, by fast/ or the plain files."""
+import resource
+import time
+
+import torch
+
+import fast
+from fast.speed import synchronize, warm_up
+from fast.stream import segment_length
+from tools import cli
+
+
+class Reader:
+    """read(model, tokens, at) -> logits at the marked positions; adds up time and tokens.
+
+    use_fast: reads in segments (fast/stream.py), contexts of any length; otherwise all at once, by model.py.
+    """
+
+    def __init__(self, device, dtype=torch.float32, use_fast=True):
+        self.device, self.dtype, self.use_fast, self.warm = device, dtype, use_fast, set()
+        self.reset()
+
+    def reset(self):
+        self.seconds, self.tokens = 0.0, 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def numbers(self):
+        """What reading has taken since the last reset, as columns of a table."""
+        speed = self.tokens / self.seconds
+        return dict(seconds=self.seconds, tokens_per_second=speed, **peak_memory(self.device))
+
+    def pieces(self, model):
+        """What reads, in words."""
+        if not self.use_fast:
+            return "nothing; model.py reads all at once"
+        fast.apply(model)
+        return ", ".join(["reads in segments (fast/stream.py)", fast.describe(model)]).removesuffix(", ")
+
+    def contexts_at_once(self, model, length):
+        return max(1, segment_length(model, 1) // length)
+
+    @torch.no_grad()
+    def __call__(self, model, tokens, at):
+        """Logits at the marked positions: tokens, at (B, n) -> (number, vocab_size)."""
+        with cli.autocast(self.device, self.dtype):
+            if self.use_fast and self.device.type == "cuda" and tokens.shape not in self.warm:
+                warm_up(model, tokens)                              # compile before the clock runs
+                self.warm.add(tokens.shape)
+            start = time.perf_counter()
+            if self.use_fast:
+                memory = fast.Memory(model, len(tokens), capacity=tokens.shape[1])
+                logits = fast.read(model, tokens, memory, at)
+            else:
+                logits = model.head(model.hidden(tokens)[at])
+            synchronize(self.device)
+        self.seconds += time.perf_counter() - start
+        self.tokens += tokens.numel()
+        return logits
+
+
+    def generate(self, model, prompts, n, stop):
+        """What follows each prompt, greedily: lists of at most n tokens, which end before `stop`."""
+        most = 2 ** 18 if self.device.type == "cuda" else 2 ** 14               # tokens of prompts at once
+        made, groups, start = {}, [[]], time.perf_counter()
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            if groups[-1] and (len(groups[-1]) + 1) * len(prompts[i]) > most:
+                groups.append([])
+            groups[-1].append(i)
+        for group in groups:
+            texts = [prompts[i] for i in group]
+            with cli.autocast(self.device, self.dtype):
+                steps = torch.stack([*fast.generate(model, texts, n, temperature=0, stop=[stop])])
+            for i, tokens in zip(group, steps.T.tolist(), strict=True):
+                made[i] = [token for token in tokens if token not in (stop, -1)]
+        self.seconds += time.perf_counter() - start
+        self.tokens += sum(map(len, prompts)) + sum(map(len, made.values()))
+        return [made[i] for i in range(len(prompts))]
+
+
+def peak_memory(device):
+    gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else 0.0
+    return dict(peak_gpu_gib=gpu, peak_cpu_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
