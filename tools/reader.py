@@ -1,4 +1,4 @@
-"""How eval.py reads texts and generates: by the clock, as much at once as fits, by fast/ or the plain files."""
+"""How eval.py reads texts and generates: by the clock, as much at once as fits, by fast/ or plainly."""
 import resource
 import time
 
