@@ -4,6 +4,7 @@
     python eval.py niah --lengths 512,8192 --depths 10              the same by length and depth of the needle
     python eval.py ppl --ckpt drt/ckpt.pt base/ckpt.pt              perplexity by context length
     python eval.py speed --lengths 16384,1048576                    reading and generating, by context length
+    python eval.py summarize --ckpt drt/ckpt.pt base/ckpt.pt        summaries of documents, and their ROUGE
     python eval.py sample --prompt 'import os' --tokens 200         continue a text
     python eval.py inspect --file gca.py --html page.html           what is retrieved, as a page
     python eval.py plot drt.json base.json --out niah.png           pictures of what --json wrote
@@ -25,10 +26,10 @@ from tasks.needles import KINDS, NeedleConfig, Needles
 from tasks.summaries import Summaries, SummaryConfig, rouge_scorer
 from tasks.text import N_SCORED, Text, load_corpus, load_tokenizer
 from tools import cli
+from tools.checkpoint import RUN_PARTS, load_checkpoint
 from tools.inspect import inspect, visible
 from tools.plot import plot, run_names
 from tools.reader import Reader, peak_memory
-from tools.run import RUN_PARTS, load_checkpoint
 
 TASKS = {"needles": Needles, "text": Text, "summaries": Summaries}
 TASKS |= {"niah": Needles, "lm": Text}                                      # the paper's names
@@ -41,13 +42,15 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 
     n: questions or places at each length; default: the task's.
     """
-    rows = []
-    print("fast:", read.pieces(next(iter(models.values()))), flush=True)
+    rows, words = [], {read.pieces(model): None for model in models.values()}
+    print("fast:", "; ".join(words), flush=True)
     for name, model in models.items():
         read.reset()
         table = task.measure(model, read, lengths, n, seed, **options)
         for row in tqdm(table, name, leave=False, unit="row", disable=None):           # only on a terminal
             rows.append(dict(model=name) | row | read.numbers())
+            if not sys.stderr.isatty():                                     # no bar: a line in the log
+                print(f"{name}: {next(iter(row.values()))} measured, {read.seconds:.0f} s", file=sys.stderr)
             read.reset()
     cli.print_table(rows)
     return rows
@@ -61,7 +64,10 @@ def run_niah(args, device):
     require(TASKS.get(settings.get("task")) is Needles,
             f"--ckpt must be of a run with --task needles, got --task {settings.get('task')}")
     cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)
-    task = Needles(settings, load_corpus(args.data or settings["data"]))
+    settings["data"] = args.data or settings["data"]
+    corpus = load_corpus(settings["data"])
+    check_tokenizer(corpus, saved, args.ckpt)
+    task = Needles(settings, corpus)
     for length in args.lengths or [settings["seq_len"]]:
         task.check(length)
     reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
@@ -101,16 +107,17 @@ def run_summarize(args, device):
         model, saved = load_checkpoint(path, device, RUN_PARTS)
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
         check_tokenizer(corpus, saved, path)
-        models[names[path]], reports[names[path]] = model, vars(SummaryConfig()) | saved["settings"]
+        models[names[path]] = model
+        reports[names[path]] = vars(SummaryConfig()) | saved["settings"] | dict(data=str(corpus.name))
     reader, rows = Reader(device, cli.pick_dtype(args.dtype, device)), []
     for name, model in models.items():
         task = Summaries(reports[name], corpus)
         rows += measure(task, {name: model}, reader, None, args.documents, args.seed, split=args.split)
         examples[name] = task.examples
-    for i, (kind, lead, references, _) in enumerate(examples[name]):
-        print(f"\n{kind}  {visible(lead)[:100]}\n  true: {visible(references[0])}")
+    for i, (kind, lead, references, _) in enumerate(next(iter(examples.values()))):
+        print(f"\n{kind}  {visible(lead)[:100]}\n  true: {visible(references[0])[:300]}")
         for name in models:
-            print(f"  {name}: {visible(examples[name][i][-1])}")
+            print(f"  {name}: {visible(examples[name][i][-1])[:300]}")
     return reports, rows
 
 
@@ -152,8 +159,6 @@ def run_sample(args, device):
 
 def run_inspect(args, device):
     """Show what one chunk retrieved, and write the page of all of them."""
-    read = args.file, args.ckpt
-    require(not args.html or args.html not in read, f"--html: {args.html} would be overwritten")
     text = None if args.needles is not None else cli.given_text(args)
     chosen = args.needles, args.questions, args.seed, args.chunk, args.html
     return inspect(args.ckpt, device, text, *chosen), None
@@ -164,12 +169,12 @@ def run_inspect(args, device):
 def make_parser():
     parser = cli.Parser(description="Measure a trained DRT.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
-    niah = commands.add_parser("niah", description="Needle accuracy by context length, on unseen text.")
+    niah = cli.add_command(commands, "niah", "Needle accuracy by context length, on unseen text.")
     niah.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
                       "default: the training length times 1, 4, 16, .. 1024")
     niah.add_argument("--questions", type=int, help="questions at each length; default: "
                       "240, and fewer, at least 32, in long contexts")
-    ppl = commands.add_parser("ppl", description="Perplexity of unseen text by context length: "
+    ppl = cli.add_command(commands, "ppl", "Perplexity of unseen text by context length: "
                               "the same tokens, after more or less context.")
     ppl.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
                      "default: 1024, 2048, .. 65536")
@@ -177,10 +182,10 @@ def make_parser():
                      help=f"at each, {N_SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
     ppl.add_argument("--retriever", choices=RETRIEVERS,
                      help="read other chunks than in training; default: the checkpoint's")
-    write = commands.add_parser("summarize", description="ROUGE of summaries that it writes for unseen "
+    write = cli.add_command(commands, "summarize", "ROUGE of summaries that it writes for unseen "
                                 "documents (needs rouge-score), and a few examples.")
     write.add_argument("--documents", type=int, help="of each kind; default: 400 on a GPU, 20 on a CPU")
-    speed = commands.add_parser("speed", description="Time and memory of reading and of generating, by "
+    speed = cli.add_command(commands, "speed", "Time and memory of reading and of generating, by "
                                 "context length, on random tokens; without --ckpt with random weights.")
     speed.add_argument("--lengths", type=lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
                        help="tokens of context, separated by commas (4096 to 1048576)")
@@ -188,7 +193,7 @@ def make_parser():
     speed.add_argument("--compare", action="store_true", help="also a base LM and a full-attention model, "
                        "with two layers more")
     speed.add_fields(DRTConfig)
-    sample = commands.add_parser("sample", description="Continue a text.")
+    sample = cli.add_command(commands, "sample", "Continue a text.")
     text = sample.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text")
     text.add_argument("--file", type=Path, help="a file that holds it, of any length")
@@ -198,7 +203,7 @@ def make_parser():
     sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
     niah.add_argument("--needle", choices=KINDS, help="another kind than in training")
     niah.add_argument("--depths", type=int, help="one needle, at so many depths of each context")
-    look = commands.add_parser("inspect", description="What is retrieved for a chunk of a text.")
+    look = cli.add_command(commands, "inspect", "What is retrieved for a chunk of a text.")
     text = look.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text")
     text.add_argument("--file", type=Path, help="a file that holds it")
@@ -228,7 +233,7 @@ def make_parser():
     for command in (niah, ppl, write, speed, sample):
         command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
                              "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
-    plot = commands.add_parser("plot", description="Draw what --json wrote (needs matplotlib).")
+    plot = cli.add_command(commands, "plot", "Draw what --json wrote (needs matplotlib).")
     plot.add_argument("reports", type=Path, nargs="+", help="the files: a curve for each, or for each model")
     plot.add_argument("--out", type=Path, default=Path("niah.png"), help="the picture (%(default)s)")
     return parser
@@ -251,8 +256,12 @@ def main(argv=None):
     for name in ("questions", "tokens", "places", "depths", "documents"):
         value = getattr(args, name, None)
         require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
+    read = [getattr(args, "file", None), *np.atleast_1d(getattr(args, "ckpt", None))]
     for flag in ("json", "html"):
-        cli.check_writable(f"--{flag}", getattr(args, flag, None))
+        path = getattr(args, flag, None)
+        cli.check_writable(f"--{flag}", path)
+        require(not path or path.resolve() not in [file.resolve() for file in read if file],
+                f"--{flag}: {path} would be overwritten")
     device = cli.pick_device(args.device)
     torch.manual_seed(args.seed)
     commands = dict(niah=run_niah, ppl=run_ppl, summarize=run_summarize, speed=run_speed, sample=run_sample,

@@ -32,16 +32,16 @@ class DRTConfig:
     n_layer: int = 2            # decoder layers, half lower, half upper (all lower if n_group = 0)
     n_group: int = 1            # G: retrievals of the upper decoder; 0 = sliding-window base LM, no retrieval
     n_encoder: int = 2          # bidirectional layers of the chunk encoder
-    n_head: int = 4             # H
+    n_head: int = 4             # H: heads
     n_kv_head: int = 0          # key/value heads (grouped-query attention); 0 = n_head
-    n_embd: int = 64            # d
-    chunk_size: int = 16        # S
-    top_k: int = 4              # K
-    window: int = 16            # W
+    n_embd: int = 64            # d: width
+    chunk_size: int = 16        # S: positions of a chunk, its landmark included
+    top_k: int = 4              # K: chunks retrieved for each chunk
+    window: int = 16            # W: positions of the sliding window
     softmax_one: bool = True    # softmax-off-by-one in GCA: a token may take nothing from a chunk
     gca_residual: bool = True   # True: GCA's output stays in the residual stream; False: only the MLP sees it
     gumbel: bool = True         # Gumbel noise on the ranking in training: exploration
-    retriever: str = "learned"  # or, ablations: "random" or "last": K earlier chunks, weighted equally
+    retriever: str = "learned"  # ablations: random, or last: the last K chunks, weighted equally
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head

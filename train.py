@@ -23,30 +23,26 @@ import torch.distributed as dist
 import eval as evaluation
 import fast
 from gca import require
-from model import DRT, DRTConfig
+from model import DRT, RETRIEVERS, DRTConfig
 from tasks.needles import KINDS, PATHS, NeedleConfig
 from tasks.summaries import SummaryConfig
 from tasks.text import load_corpus, load_tokenizer
 from tools import cli
-from tools.run import (
+from tools.checkpoint import (
     RUN_PARTS,
-    Ranks,
-    Run,
     check_first,
     check_space,
-    flops_per_token,
     load_checkpoint,
     load_optimizer,
     load_run,
-    prepare_folder,
-    seed_step,
     shapes,
 )
+from tools.run import Ranks, Run, flops_per_token, prepare_folder, seed_step
 
 
 @dataclass
 class TrainConfig:
-    task: str = "needles"           # needles: find them in a haystack; text: language modelling; summaries
+    task: str = "needles"           # find them in a haystack (niah); text: language modelling (lm); summaries
     data: str = "stdlib"            # the text: stdlib, or a folder that tools.prepare made
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
@@ -185,7 +181,8 @@ def make_parser():
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
         if len(set(values.values())) > 1:
             defaults[field.name] = ", ".join(f"{name} {value}" for name, value in values.items())
-    choices = dict(task=[*evaluation.TASKS], needle=KINDS, path=PATHS, dtype=["auto", *cli.DTYPES])
+    choices = dict(task=[*evaluation.TASKS], needle=KINDS, path=PATHS, retriever=RETRIEVERS,
+                   dtype=["auto", *cli.DTYPES])
     parser.add_fields(TrainConfig, NeedleConfig, SummaryConfig, DRTConfig, choices=choices, defaults=defaults,
                       leave_out=["vocab_size"])                         # the corpus has that
     return parser

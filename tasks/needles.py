@@ -3,6 +3,7 @@
 Training begins with short contexts, which double whenever the answers are right. `python -m tasks.needles`
 shows an example, one chunk a line.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,30 +50,38 @@ class Needles:
         require(self.n_question >= 1, f"n_needle must be at least 1, got {self.n_question}")
         most, fewest = len(self.alphabet.values), self.form.n_hop
         require(fewest <= n_value <= most, f"n_value must be in {fewest}..{most}, got {n_value}")
-        least = 1 + self.form.n_needle
+        least = 1 + self.form.needle_length
         require(n_text + 1 >= least, f"chunk_size must be at least {least} to hold a needle with a value of "
                 f"{n_value} tokens, got {n_text + 1}")
         require(0 <= settings["lm_share"] < 1, f"lm_share must be in [0, 1), got {settings['lm_share']}")
+        n_name, n_kind = 3 * self.n_question, len(self.alphabet.values) ** min(n_value, 4)
+        require(kind != "multihop" or n_name <= n_kind, f"n_needle must be at most {n_kind // 3}, for "
+                f"different names of {n_value} tokens, got {self.n_question}")
 
     def lengths(self):
-        """The context lengths of training: start_len, doubled until it is seq_len."""
+        """The context lengths of training: start_len, if a question fits, doubled until it is seq_len."""
         seq_len = self.settings["seq_len"]
-        lengths = [min(self.settings["start_len"] or seq_len, seq_len)]
+        start_len = max(self.settings["start_len"] or seq_len, self.form.least_length)
+        lengths = [min(start_len, seq_len)]
         while lengths[-1] < seq_len:
             lengths.append(min(2 * lengths[-1], seq_len))
         return lengths
 
     def fitting(self, length):
         """How many questions a context of `length` tokens has: as many as wanted, if there is room."""
-        room, form = self.form.room(length), self.form
-        least = (form.n_hop + 1) * form.n_text + 1 + form.parts[-1] + form.n_value
-        require(room >= 1, f"seq_len must be at least {least} for a needle and its question in chunks of "
-                f"{form.n_text + 1}, got {length}")
-        return min(self.n_question, room)
+        least = self.form.least_length
+        require(length >= least, f"seq_len (or --lengths) must be at least {least} for a needle and its "
+                f"question in chunks of {self.form.n_text + 1}, got {length}")
+        return min(self.n_question, self.form.room(length))
 
-    check = fitting
+    def check(self, length):
+        """ValueError if a context of this length has no room for a question, or the corpus is shorter."""
+        self.fitting(length)
+        if self.settings["lm_share"]:
+            window_batch(self.corpus.train, 0, 0, 1, length)
 
     def draw(self, text, rng, length, size, depth=None):
+        """`size` contexts of this text, as needle_batch has them; depth: of the needles of one question."""
         n_question = self.fitting(length) if depth is None else 1
         straddle = self.settings["straddle"] and depth is None
         return needle_batch(text, rng, size, length, self.form, n_question, self.alphabet, straddle, depth)
@@ -80,23 +89,27 @@ class Needles:
     def batch(self, step, length, size):
         """Tokens, next tokens and answer_at of step number `step`; of plain text, no answers."""
         seed, share = self.settings["seed"], self.settings["lm_share"]
-        if int((step + 1) * share) > int(step * share):
+        if int((step + 1) * share) > int(step * share):             # a share of the steps, evenly spread
             return *window_batch(self.corpus.train, seed, step * size, size, length), np.zeros((size, 0), int)
         rng = np.random.default_rng([TRAINING, seed, step])
         return self.draw(self.corpus.train, rng, length, size)
 
     def loss(self, model, tokens, labels, answer_at):
-        """The loss and METRICS of a batch; a batch of plain text has language modelling alone."""
+        """The loss and METRICS of a batch: tokens, labels (B, T), answer_at (B, n).
+
+        A batch of plain text (n = 0) has language modelling alone, and nan for its answers.
+        """
         hidden = model.hidden(tokens)                                               # (B, T, d)
-        other = labels.scatter(1, answer_at, -100)
-        lm_loss = model.cross_entropy(hidden, model.embedding.weight, other)
+        text_labels = labels.scatter(1, answer_at, -100)
+        lm_loss = model.cross_entropy(hidden, model.embedding.weight, text_labels)
         if not answer_at.shape[1]:
-            return lm_loss, (lm_loss * 0, lm_loss, lm_loss * 0)
-        answers = hidden.gather(1, answer_at[..., None].expand(-1, -1, hidden.shape[-1]))
+            nothing = torch.full_like(lm_loss.detach(), math.nan)
+            return lm_loss, (nothing, lm_loss, nothing)
+        answers = hidden.gather(1, answer_at[..., None].expand(-1, -1, hidden.shape[-1]))     # (B, n, d)
         logits = model.head(answers).float()                                        # (B, n, vocab_size)
-        right = labels.gather(1, answer_at)
-        answer_loss = F.cross_entropy(logits.flatten(0, 1), right.flatten())
-        accuracy = (logits.argmax(-1) == right).float().mean()
+        answer_labels = labels.gather(1, answer_at)
+        answer_loss = F.cross_entropy(logits.flatten(0, 1), answer_labels.flatten())
+        accuracy = (logits.argmax(-1) == answer_labels).float().mean()
         return answer_loss + self.settings["lm_weight"] * lm_loss, (answer_loss, lm_loss, accuracy)
 
     @torch.no_grad()
@@ -119,10 +132,11 @@ class Needles:
     def measure(self, model, read, lengths=None, n_question=None, seed=0, n_depth=None):
         """Accuracy of the answers by context length, a row each; read: as eval.py's Reader.
 
-        n_depth: so many rows for each length, each with one question, its needles at a depth (in percent).
+        n_depth: rows for each length, at so many depths (in percent). Each context then has one question.
 
-        Every token is predicted greedily from the true tokens before it. So all tokens of an answer are right
-        exactly when greedy generation would have produced that answer.
+        Every token of an answer is predicted greedily from the true tokens before it. With one hop, all of
+        them are right exactly when greedy generation would write the answer. Of a path, the second colon and
+        the text between its parts are given.
         """
         for length in lengths or [self.settings["seq_len"] * 4 ** i for i in range(6)]:
             for depth in [None] if n_depth is None else [(i + 0.5) / n_depth for i in range(n_depth)]:
@@ -149,7 +163,7 @@ class Needles:
             at = torch.zeros(tokens.shape, dtype=torch.bool).scatter(1, answer_at, True)
             logits = read(model, tokens.to(device), at.to(device))
             hits.append(logits.argmax(-1).cpu() == labels[at])
-        return torch.cat(hits).view(-1, len(self.form.answer))[:n_question]
+        return torch.cat(hits).view(-1, len(self.form.answer_offsets))[:n_question]
 
 
 if __name__ == "__main__":

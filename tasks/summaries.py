@@ -1,13 +1,15 @@
-"""Summaries: a document, the separator, its summary, the separator again. The loss is on the summary alone.
+"""Summaries: a document, the separator, its summary, the separator. The loss is on the summary and its end.
 
-    pad pad def norm(x): .. re | turn x / ..   | SEP Normalize a vector . SEP | pad ..        | chunk borders
+    pad def norm(x): .. | turn x / .. | SEP Normalize a vector . SEP pad pad def ..      (| chunk borders)
 
 The separator behind a document opens a chunk, as generation aligns prompts too (fast/generate.py): all of the
 document then lies in chunks whose landmarks have retrieved when the first token of the summary is predicted.
-Several pairs share a training context, so that no step computes on padding alone.
+Several pairs share a training context, so that no step computes on padding alone. They may retrieve each
+other's chunks.
 
 A corpus of pairs is made by `python -m tools.prepare docstrings`, `summaries`, `xsum` or `cnn_dailymail`.
 """
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,45 +36,47 @@ class Pairs:
 
     def __init__(self, text, separator):
         self.text, self.separator = text, separator
-        starts, sizes = (x[:-1] for x in documents(text, separator))    # nothing follows the last separator
-        self.starts, self.sizes = starts[::2], sizes[::2]
+        starts, sizes = documents(text, separator)
+        starts, sizes = starts[:-1], sizes[:-1]             # nothing follows the last separator
+        self.document_starts, self.document_sizes = starts[::2], sizes[::2]
         self.summary_starts, self.summary_sizes = starts[1::2], sizes[1::2]
 
     def __len__(self):
         return len(self.summary_starts)
 
-    def document(self, i, most=None):
-        return self.text[self.starts[i]:self.starts[i] + self.sizes[i]][:most]
+    def document(self, i):
+        return self.text[self.document_starts[i]:self.document_starts[i] + self.document_sizes[i]]
 
     def summary(self, i):
         return self.text[self.summary_starts[i]:self.summary_starts[i] + self.summary_sizes[i]]
 
 
-def pack(pairs, order, length, n_text, n_summary):
-    """Which pairs go into each context of length + 1 tokens, and where their first separators lie.
+def pack(pairs, order, length, n_text):
+    """Which pairs go into each context of `length` tokens, and where.
 
-    order: pair numbers. Returns [[(pair, position of its separator)]], a list for each context.
+    order: pair numbers. Returns a list for each context: [[(pair, tokens of its document, position of its
+    separator)]]. A document that is too long for a context of its own is cut.
     """
-    contexts, end = [], length + 1                              # end: of what the last context holds already
+    contexts, end = [], length + 1                  # end of what the last context holds: it is full
     for i in order:
-        size = min(int(pairs.sizes[i]), length - n_summary - n_text)    # a longer document is cut
-        answer = int(pairs.summary_sizes[i]) + 2                # both separators
-        at = -(-(end + size) // n_text) * n_text                # the next chunk border
+        answer = int(pairs.summary_sizes[i]) + 2                        # both separators
+        size = min(int(pairs.document_sizes[i]), length - answer - n_text)
+        at = -(-(end + size) // n_text) * n_text                        # the next chunk border
         if at + answer > length + 1:
             contexts.append([])
             at = -(-size // n_text) * n_text
-        contexts[-1].append((i, at))
+        contexts[-1].append((i, size, at))
         end = at + answer
     return contexts
 
 
-def context_of(pairs, placed, length, n_summary, n_text, pad):
-    """Tokens and labels (length,) of one context; placed: [(pair, position of its separator)]."""
-    x, labels = np.full(length + 1, pad, np.int64), np.full(length + 1, NO_LABEL, np.int64)
-    for i, at in placed:
-        document, summary = pairs.document(i, length - n_summary - n_text), pairs.summary(i)
-        answer = np.concatenate([summary, [pairs.separator]])
-        x[at - len(document):at] = document
+def context_of(pairs, placed, length, pad):
+    """Tokens and labels (length,) of one context; placed: its list of pack()."""
+    x = np.full(length + 1, pad, np.int64)          # one more, because labels are shifted by one
+    labels = np.full(length + 1, NO_LABEL, np.int64)
+    for i, size, at in placed:
+        answer = np.append(pairs.summary(i), pairs.separator)
+        x[at - size:at] = pairs.document(i)[:size]
         x[at] = pairs.separator
         x[at + 1:at + 1 + len(answer)] = labels[at + 1:at + 1 + len(answer)] = answer
     return x[:-1], labels[1:]
@@ -89,23 +93,25 @@ class Summaries:
 
     def __init__(self, settings, corpus):
         self.settings, self.corpus = settings, corpus
-        require(corpus.pairs, "--data must be a folder of documents and summaries, as "
+        require(isinstance(corpus.references, dict), "--data must be a folder of documents and summaries, as "
                 f"python -m tools.prepare docstrings makes one, got {corpus.name}")
         self.n_text, self.n_summary = settings["chunk_size"] - 1, settings["n_summary"]
         require(self.n_summary >= 1, f"--n_summary must be at least 1, got {self.n_summary}")
         self.separator = load_tokenizer(corpus.tokenizer).separator
         self.pad, self.contexts, self.epoch = NEWLINES[corpus.tokenizer], [], 0
         self.train, self.val = (Pairs(text, self.separator) for text in (corpus.train, corpus.val))
-        for split, pairs in (("train", self.train), ("val", self.val)):
-            longest = int(pairs.summary_sizes.max(initial=0))
-            require(longest <= self.n_summary, f"--n_summary must be at least {longest}, for the longest "
-                    f"summary in {corpus.name}'s {split}, got {self.n_summary}")
+        self.expected = {split: load_expected(corpus, split) for split in corpus.references}
 
     def lengths(self):
         return [self.settings["seq_len"]]
 
     def check(self, length):
-        least = self.n_summary + 2 * self.n_text + 1
+        """ValueError if a summary is longer than n_summary, or a context too short for one."""
+        for split, pairs in (("train", self.train), ("val", self.val)):
+            longest = int(pairs.summary_sizes.max(initial=0))
+            require(longest <= self.n_summary, f"--n_summary must be at least {longest}, for the longest "
+                    f"summary in {self.corpus.name}'s {split}, got {self.n_summary}")
+        least = self.n_summary + 2 * self.n_text + 2
         require(length >= least,
                 f"--seq_len must be at least {least} for summaries of {self.n_summary} tokens, got {length}")
 
@@ -114,14 +120,15 @@ class Summaries:
         while len(self.contexts) < (step + 1) * size:
             rng = np.random.default_rng([TRAINING, self.settings["seed"], self.epoch])
             order = rng.permutation(len(self.train)).tolist()
-            self.contexts += pack(self.train, order, length, self.n_text, self.n_summary)
+            self.contexts += pack(self.train, order, length, self.n_text)
             self.epoch += 1
         placed = self.contexts[step * size:(step + 1) * size]
         return self.arrays(self.train, placed, length)
 
-    def arrays(self, pairs, placed, length):
-        rows = [context_of(pairs, row, length, self.n_summary, self.n_text, self.pad) for row in placed]
-        return tuple(map(np.stack, zip(*rows, strict=True)))
+    def arrays(self, pairs, contexts, length):
+        """Tokens and labels of these contexts, (number, length) each."""
+        rows = [context_of(pairs, placed, length, self.pad) for placed in contexts]
+        return np.stack([tokens for tokens, _ in rows]), np.stack([labels for _, labels in rows])
 
     def loss(self, model, tokens, labels):
         return model.loss(tokens, labels), ()
@@ -129,11 +136,11 @@ class Summaries:
     @torch.no_grad()
     def true_loss(self, model, pairs, numbers, n_context=None):
         """Mean loss of these pairs' summaries, in contexts as in training, the first n_context of them."""
-        length, device = self.settings["seq_len"], model.embedding.weight.device
-        placed = pack(pairs, numbers, length, self.n_text, self.n_summary)[:n_context]
-        total, n = 0.0, 0
-        for row in placed:
-            tokens, labels = (torch.from_numpy(x).to(device) for x in self.arrays(pairs, [row], length))
+        device, total, n = model.embedding.weight.device, 0.0, 0
+        longest = int(pairs.summary_sizes.max())
+        length = max(self.settings["seq_len"], longest + 2 * self.n_text + 2)
+        for placed in pack(pairs, numbers, length, self.n_text)[:n_context]:
+            tokens, labels = (torch.from_numpy(x).to(device) for x in self.arrays(pairs, [placed], length))
             number = int((labels != NO_LABEL).sum())
             total, n = total + model.loss(tokens, labels).item() * number, n + number
         return total / n
@@ -148,19 +155,21 @@ class Summaries:
     def measure(self, model, read, lengths=None, n=None, seed=0, split=None):
         """A row for each kind of document: loss of the true summaries, and ROUGE of generated ones (greedy).
 
-        n: documents of each kind, read whole; split: "val" or "test", default: test where there is one.
-        lead: the document's first line in the place of a summary. ROUGE needs the package rouge-score;
-        without it there is the loss alone. The first documents of a kind are kept in self.examples.
+        n: documents of each kind. The loss is taken in contexts of seq_len, where long documents are cut;
+        ROUGE reads them whole. split: "val" or "test", default: test where there is one. lead: the first line
+        of the document in the place of a summary. ROUGE needs the package rouge-score; without it there is
+        the loss alone. The first documents of a kind are kept in self.examples.
         """
         n = n or (400 if model.embedding.weight.is_cuda else 20)
         split = split or ("val" if self.corpus.test is None else "test")
-        pairs = Pairs(getattr(self.corpus, split), self.separator)
-        expected = load_expected(Path(self.corpus.name) / f"{split}.jsonl", len(pairs))
+        require(split in self.expected, f"--split must be val: {self.corpus.name} has no test split")
+        pairs, expected = Pairs(getattr(self.corpus, split), self.separator), self.expected[split]
         self.examples, rng = [], np.random.default_rng([EVALUATION, seed])
         for kind in sorted({row["kind"] for row in expected}):
             numbers = [i for i, row in enumerate(expected) if row["kind"] == kind]
             numbers = sorted(rng.permutation(numbers)[:n].tolist())
-            row = dict(kind=kind, documents=len(numbers), document_tokens=float(pairs.sizes[numbers].mean()),
+            size = float(pairs.document_sizes[numbers].mean())
+            row = dict(kind=kind, documents=len(numbers), document_tokens=size,
                        loss=self.true_loss(model, pairs, numbers))
             if rouge_scorer():
                 references = [expected[i]["references"] for i in numbers]
@@ -175,11 +184,11 @@ class Summaries:
             return decode(ids).decode(errors="replace").strip()
 
         prompts = [np.append(pairs.document(i), self.separator).astype(np.int64) for i in numbers]
-        made = [text(ids) for ids in read.generate(model, prompts, self.n_summary, self.separator)]
-        leads = [text(pairs.document(i, 256).tolist()).split("\n")[0] for i in numbers]
-        for example in [*zip(leads, references, made, strict=True)][:N_EXAMPLE]:
-            self.examples.append((kind, *example))
-        return mean_rouge(references, made, "") | mean_rouge(references, leads, "lead_")
+        written = [text(ids) for ids in read.generate(model, prompts, self.n_summary, self.separator)]
+        leads = [text(pairs.document(i).tolist()).split("\n")[0] for i in numbers]
+        for i in range(min(N_EXAMPLE, len(numbers))):
+            self.examples.append((kind, leads[i], references[i], written[i]))
+        return mean_rouge(references, written, "") | mean_rouge(references, leads, "lead_")
 
 
 def mean_rouge(references, texts, prefix):
@@ -199,12 +208,10 @@ def rouge_scorer():
     return rouge_scorer
 
 
-def load_expected(path, n_pair):
-    """[{"kind": .., "references": [..]}] of a split; ValueError if it is not what tools.prepare wrote."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        require(len(rows) == n_pair, "other rows")
-        require(all(isinstance(row["kind"], str) and row["references"] for row in rows), "other rows")
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not that of its corpus: prepare it again") from error
-    return rows
+def load_expected(corpus, split):
+    """[{"kind": .., "references": [..]}] of a split; ValueError if tools.prepare did not write that."""
+    path = Path(corpus.name) / f"{split}.jsonl"
+    data = path.read_bytes() if path.is_file() else b""
+    require(hashlib.sha256(data).hexdigest() == corpus.references[split],
+            f"{path} must hold the references of its corpus: prepare it again")
+    return [json.loads(line) for line in data.decode().splitlines()]

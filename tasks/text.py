@@ -64,7 +64,7 @@ class Corpus(NamedTuple):
     vocab_size: int
     tokenizer: str = "bytes"
     test: np.ndarray = None     # of yet others, where there are some
-    pairs: bool = False         # every second document is the summary of the one before it
+    references: dict = None     # every second document is a summary: {split: hash of SPLIT.jsonl}
 
 
 def load_corpus(name):
@@ -73,7 +73,7 @@ def load_corpus(name):
         return stdlib_corpus()
     folder, splits = Path(name), {}
     require((folder / "meta.json").is_file(),
-            f"--data must be 'stdlib' or a folder that `python -m tools.prepare` made, got {name!r}")
+            f"--data must be 'stdlib' or a folder that `python -m tools.prepare ..` made, got {name!r}")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {split: meta["splits"][split]["tokens"] for split in {"train", "val", *meta["splits"]}}
@@ -88,7 +88,8 @@ def load_corpus(name):
         require(n_token and path.is_file() and path.stat().st_size == 2 * n_token,
                 f"{path} must hold the {n_token} tokens that meta.json says: prepare it again")
         splits[split] = np.memmap(path, np.uint16, mode="r")
-    return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, pairs=meta.get("pairs") is True, **splits)
+    references = meta.get("references")
+    return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, references=references, **splits)
 
 
 def stdlib_corpus():

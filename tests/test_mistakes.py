@@ -38,6 +38,8 @@ SIZES = "n_layer n_group n_encoder n_head n_embd chunk_size top_k window n_kv_he
     *(f"--{name} many" for name in NUMBERS),
     "--n_layer 1000000000", "--n_embd 1000000 --n_head 1", "--n_value 129", "--n_needle 0",
     "--n_layer 3", "--n_embd 65", "--dtype int8", "--task needle", "--needle five", "--device gpu",
+    "--lm_share 1", "--lm_share -1", "--lm_share nan", "--path around", "--n_value 1 --needle multihop",
+    "--needle multihop --n_value 7", "--data stdlib --task summaries", "--needle multihop --seq_len 50",
     "--preset big", "--data nowhere", "--resume", "--lr", "--steps 1.5", "--gumbel yes"])
 def test_training_settings(flags, tmp_path, capsys):
     flags = flags.split()
@@ -49,16 +51,18 @@ def test_training_settings(flags, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [
     *(f"niah --lengths {value}" for value in ("20", "many", "0", "-5", "1,,2")), "niah --questions 0",
     "niah --questions x", "niah --seed -1", "niah --seed 99999999999999999999", "niah --size 3",
-    "niah --json nowhere/x.json", "niah --json .", "niah --dtype half", "niah --data nowhere",
+    "niah --needle five", "niah --depths 0", "niah --json nowhere/x.json",
+    "niah --json .", "niah --dtype half", "niah --data nowhere",
     "ppl --lengths 99999999", "ppl --places 0", "ppl --split train", "ppl --split test", "ppl --data none",
     "ppl --retriever best", *(f"sample --prompt x --temperature {t}" for t in ("-1", "nan", "inf")),
     "sample --prompt x --sample_top_k 0", "sample --prompt x --sample_top_p 0",
     "sample --prompt x --tokens 0", "sample --file nowhere", "sample --prompt x --file y",
+    "summarize --documents 0", "summarize", "summarize --split train", "summarize --data nowhere",
     "sample", "speed --lengths 0", "speed --n_embd 64",
     "tell", ""])
 def test_evaluation_flags(flags, needle_run, capsys):
     command = flags.split()
-    if command and command[0] in ("niah", "ppl", "sample", "speed"):
+    if command and command[0] in ("niah", "ppl", "summarize", "sample", "speed"):
         command += ["--ckpt", needle_run[0] / "ckpt.pt", "--device", DEVICE.type]
     one_line(capsys, evaluation.main, *command)
 
@@ -250,7 +254,7 @@ def test_a_value_error_of_a_bug_says_where_it_is(capsys, monkeypatch, tmp_path):
 
 
 def test_as_many_different_values_as_there_are():
-    from tasks.needles import distinct
+    from tasks.haystack import distinct
     for n, high in ((128, 128), (64, 128), (6, 128), (3, 62 ** 4)):
         x = distinct(np.random.default_rng(0), 50, n, high)
         assert x.shape == (50, n) and x.max() < high and (np.diff(np.sort(x)) > 0).all()

@@ -56,6 +56,10 @@ def test_docstrings_of_functions_and_modules():
     assert function.startswith("def half(self):\n\tif self.value is None:\n\t\treturn None\n")
     assert function.endswith("rest / 2") and "explanation" not in function
     assert [*pairs.pairs_of_file("def f(:\n")] == []
+    for odd in ("\\x00", "\\ud800"):                    # a corpus cannot hold them
+        odd_summary = SOURCE.replace("Return half of", f"Return {odd} of")
+        assert [pair["kind"] for pair in pairs.pairs_of_file(odd_summary)] == ["module"]
+    assert [*pairs.pairs_of_file("# one\r" + SOURCE)][1] == found[1]
 
 
 def test_docstrings_become_a_corpus(tmp_path, monkeypatch):
@@ -72,7 +76,8 @@ def test_docstrings_become_a_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "split_files", lambda most: (splits, {}))
     prepare.main(["docstrings", "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
     corpus = load_corpus(tmp_path / "out")
-    assert corpus.pairs and [len(Pairs(x, 0)) for x in (corpus.test, corpus.val, corpus.train)] == [9, 7, 8]
+    assert corpus.references.keys() == {"val", "test"}
+    assert [len(Pairs(x, 0)) for x in (corpus.test, corpus.val, corpus.train)] == [9, 7, 8]
     val = Pairs(corpus.val, 0)
     rows = [json.loads(line) for line in (tmp_path / "out/val.jsonl").read_text().splitlines()]
     assert [text(val.summary(i)) for i in range(7)] == [row["references"][0] for row in rows]
@@ -95,7 +100,6 @@ def pair(i, size=9):
 
 @pytest.mark.parametrize("row, message", [
     ("{", "line 2: must be a JSON object"), ("[1]", "line 2: must be a JSON object"),
-    ("", "line 2: must be a JSON object"),
     (dict(document="x"), "line 2: summary must be text, got None"),
     (dict(document=3, summary="x"), "line 2: document must be text, got 3"),
     (dict(document=" ", summary="x"), "line 2: document must not be empty"),
@@ -142,13 +146,13 @@ def test_one_file_is_split_by_a_hash(tmp_path):
 
 def test_a_context_holds_pairs_whose_separator_opens_a_chunk(corpus):
     train_pairs = Pairs(corpus.train, 0)
-    contexts = pack(train_pairs, range(len(train_pairs)), 400, 15, 20)
-    assert [i for placed in contexts for i, _ in placed] == [*range(150)] and len(contexts) < 100
+    contexts = pack(train_pairs, range(len(train_pairs)), 400, 15)
+    assert [i for placed in contexts for i, *_ in placed] == [*range(150)] and len(contexts) < 100
     for placed in contexts:
-        tokens, labels = context_of(train_pairs, placed, 400, 20, 15, ord("\n"))
+        tokens, labels = context_of(train_pairs, placed, 400, ord("\n"))
         assert len(tokens) == len(labels) == 400
         expected = np.full(400, -100)
-        for i, at in placed:
+        for i, _, at in placed:
             document = train_pairs.document(i).tolist()
             assert at % 15 == 0 and tokens[at] == 0 and tokens[at - len(document):at].tolist() == document
             answer = [*train_pairs.summary(i), 0]
@@ -158,9 +162,9 @@ def test_a_context_holds_pairs_whose_separator_opens_a_chunk(corpus):
 
 def test_a_long_document_is_cut(corpus):
     long = Pairs(np.array([*b"d" * 1000, 0, *b"summary", 0]), 0)
-    ((only,),) = pack(long, [0], 400, 15, 20)
-    tokens, labels = context_of(long, [only], 400, 20, 15, 10)
-    assert (tokens == ord("d")).sum() == 365 and (labels >= 0).sum() == 8
+    ((only,),) = pack(long, [0], 400, 15)
+    tokens, labels = context_of(long, [only], 400, 10)
+    assert (tokens == ord("d")).sum() == 400 - 9 - 15 and (labels >= 0).sum() == 8
 
 
 def test_every_epoch_reads_every_pair_once(corpus):
@@ -171,7 +175,7 @@ def test_every_epoch_reads_every_pair_once(corpus):
     assert all((x == y).all() for x, y in zip(first, again.batch(0, 400, 4), strict=True))
     while task.epoch < 3:
         task.batch(len(task.contexts) // 4, 400, 4)
-    numbers = [i for placed in task.contexts for i, _ in placed]
+    numbers = [i for placed in task.contexts for i, *_ in placed]
     assert all(sorted(numbers[150 * epoch:150 * (epoch + 1)]) == [*range(150)] for epoch in range(3))
     assert numbers[:150] != numbers[150:300]
 
@@ -181,8 +185,8 @@ def test_every_epoch_reads_every_pair_once(corpus):
     (dict(n_summary=0), "--n_summary must be at least 1")])
 def test_settings_that_do_not_fit(change, message, corpus):
     with pytest.raises(ValueError, match=message):
-        Summaries(settings(**change), corpus)
-    with pytest.raises(ValueError, match="--seq_len must be at least 51"):
+        Summaries(settings(**change), corpus).check(400)
+    with pytest.raises(ValueError, match="--seq_len must be at least 52"):
         Summaries(settings(), corpus).check(50)
     with pytest.raises(ValueError, match="documents and summaries, as"):
         Summaries(settings(), load_corpus("stdlib"))
@@ -226,14 +230,14 @@ def test_train_and_summarize(corpus, tmp_path, capsys, monkeypatch):
 def test_without_rouge_training_ends_with_the_loss(corpus, monkeypatch):
     monkeypatch.setattr(summaries, "rouge_scorer", lambda: None)
     task = Summaries(settings(), corpus)
-    (row,) = task.measure(tiny(), None, n=5)
-    assert row.keys() == {"kind", "documents", "document_tokens", "loss"} and row["loss"] > 0
+    (row,) = evaluation.measure(task, dict(tiny=tiny()), Reader(DEVICE), n=5)
+    assert not any("rouge" in name for name in row) and row["loss"] > 0
     with torch.no_grad():
         loss, n = 0.0, 0
         numbers = sorted(np.random.default_rng([3, 0]).permutation(30)[:5].tolist())
         test = Pairs(corpus.test, 0)
-        for placed in pack(test, numbers, 400, 15, 20):
-            arrays = context_of(test, placed, 400, 20, 15, 10)
+        for placed in pack(test, numbers, 400, 15):
+            arrays = context_of(test, placed, 400, 10)
             tokens, labels = (torch.from_numpy(x)[None].to(DEVICE) for x in arrays)
             count = (labels >= 0).sum().item()
             loss, n = loss + tiny()(tokens, labels)[1].item() * count, n + count
@@ -245,7 +249,29 @@ def test_damaged_references(corpus, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--task", "summaries", "--data", corpus.name, "--seq_len", 400, "--n_summary", 20, "--steps", 1]
     error = refused(capsys, train.main, *TINY_FLAGS, *flags, "--out", out)
-    assert "test.jsonl is not that of its corpus" in error and (out / "ckpt.pt").is_file()
+    assert "test.jsonl must hold the references of its corpus" in error and not out.exists()
+
+
+def test_summaries_by_a_model_of_another_task(corpus, needle_run, capsys):
+    """With its 64 tokens of context; and the mistakes that are possible then."""
+    line = "summarize", "--ckpt", needle_run[0] / "ckpt.pt", "--device", DEVICE.type, "--documents", 1
+    assert "documents and summaries" in refused(capsys, evaluation.main, *line)
+    path = needle_run[0] / "ckpt.pt"
+    same = path.parent / ".." / path.parent.name / "ckpt.pt"
+    error = refused(capsys, evaluation.main, *line, "--data", corpus.name, "--json", same)
+    assert "would be overwritten" in error
+    if summaries.rouge_scorer():
+        evaluation.main([*map(str, [*line, "--data", corpus.name])])
+        assert "lead_rouge1" in capsys.readouterr().out
+
+
+def test_a_corpus_never_overwrites_where_it_comes_from(tmp_path, capsys):
+    for split in ("train", "val"):
+        jsonl(tmp_path / f"{split}.jsonl", pair(0), pair(1))
+    before = (tmp_path / "val.jsonl").read_text()
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        error = refused(capsys, prepare.main, "summaries", path, "--out", tmp_path, "--tokenizer", "bytes")
+        assert "--out" in error and (tmp_path / "val.jsonl").read_text() == before
 
 
 def test_help_names_the_new_commands():

@@ -148,6 +148,11 @@ class Parser(argparse.ArgumentParser):
                                       help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
 
 
+def add_command(commands, name, description):
+    """A parser for one more command, which the help of all commands describes too."""
+    return commands.add_parser(name, description=description, help=description.replace("%", "%%"))
+
+
 @functools.lru_cache
 def comments_of(config):
     """{field: the comment beside it} of a dataclass."""
@@ -248,9 +253,9 @@ def print_grid(rows):
     """Whole answers right by length (across) and depth (down): from a blank for none to a block for all."""
     lengths, depths = ([*dict.fromkeys(row[name] for row in rows)] for name in ("length", "depth"))
     right = {(row["length"], row["depth"]): row["exact_match"] for row in rows}
-    print("\nwhole answers right, by depth and tokens of context")
+    print("\nwhole answers right, by depth and tokens of context (· none, █ all)")
     for depth in depths:
-        shades = [" ░▒▓█"[round(right[length, depth] / 25)] * 8 for length in lengths]
+        shades = ["·░▒▓█"[round(right[length, depth] / 25)] * 8 for length in lengths]
         print(f"{depth:5.1f}%  " + "  ".join(shades))
     print("        " + "  ".join(f"{length:<8,}" for length in lengths))
 

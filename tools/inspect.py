@@ -20,7 +20,7 @@ from model import DRTConfig
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import EVALUATION, load_corpus, load_tokenizer
 from tools import cli
-from tools.run import RUN_PARTS, load_checkpoint
+from tools.checkpoint import RUN_PARTS, load_checkpoint
 
 MOST = 2 ** 13              # chunks: scores of all pairs of them are held at once
 LEVELS = 4                  # shades, in each direction, of what retrieval did to a token's loss
@@ -45,7 +45,10 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
         check_size(model, needles, chunk)
         settings = vars(NeedleConfig()) | saved["settings"]
         cli.check_types(settings, [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
-        task = Needles(settings, load_corpus(settings["data"]))
+        corpus = load_corpus(settings["data"])
+        require(corpus.tokenizer == saved["tokenizer"],
+                f"--ckpt: {ckpt} has tokens of {saved['tokenizer']}, its corpus has {corpus.tokenizer}")
+        task = Needles(settings, corpus)
         traces = [*needle_traces(model, task, needles, n_question, seed)]
         trace, pairs = traces[0]
         title, chunk = f"{needles:,} tokens with needles", pairs[-1][0] if chunk is None else chunk
@@ -211,7 +214,7 @@ def needle_traces(model, task, length, n_question, seed):
         tokens = task.draw(task.corpus.val, rng, length, 1)[0][0]
         pairs = []
         for i in reversed(range(n)):
-            question = form.last_border(length) - form.n_chunk * i
+            question = form.last_border(length) - form.chunks_per_question * i
             name = tokens[question * n_text - form.n_name:question * n_text]
             begins = [task.alphabet.bar, *name, task.alphabet.colon]            # |name:
             found = (np.lib.stride_tricks.sliding_window_view(tokens, len(begins)) == begins).all(1)

@@ -3,7 +3,7 @@
     docstrings()    functions and modules of the installed packages, and their docstrings' first lines
     from_jsonl()    {"document": .., "summary": ..} a line; test lines may list more "references"
 
-A pair is a dict of these, with "kind" (function, module) where the table tells kinds apart.
+A pair is a dict of these, with "kind" (function, module) where eval.py's table has a row for each kind.
 """
 import ast
 import json
@@ -15,15 +15,18 @@ from collections import Counter
 from gca import require
 from tools import packages
 
-WORDS = 3                   # in a docstring's first line, at least
+FEWEST_WORDS = 3            # in a docstring's first line
 SHORTEST = dict(function=100, module=500)                   # characters of a document
-MOST = dict(train=60_000, val=2_000, test=2_000)            # functions of a split; modules are all kept
+MOST_FUNCTIONS = dict(train=60_000, val=2_000, test=2_000)  # of a split; modules are all kept
 
 
 # ---------------------------------------------------------------- docstrings
 
 def docstrings(most):
-    """{split: pairs} of the installed packages, split as packages.split_files() splits them."""
+    """{split: pairs} of the installed packages, split as packages.split_files() splits them.
+
+    most: characters of the training packages. No document is in two splits.
+    """
     files, _ = packages.split_files(most)
     splits, seen = {}, set()
     for split, texts_by_package in files.items():           # test and val before train
@@ -34,7 +37,7 @@ def docstrings(most):
         kept, count = [], Counter()
         for pair in pairs:
             count[pair["kind"]] += 1
-            if pair["kind"] == "module" or count["function"] <= MOST[split]:
+            if pair["kind"] == "module" or count["function"] <= MOST_FUNCTIONS[split]:
                 kept.append(pair)
         splits[split] = kept
     return splits
@@ -43,9 +46,10 @@ def docstrings(most):
 def pairs_of_file(text):
     """A file's pairs: each function, and the module. The text has tabs for four spaces (packages.py)."""
     source = re.sub(r"^\t+", lambda tabs: "    " * len(tabs[0]), text, flags=re.M)
+    source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):      # of another Python, or by a machine
+    except (SyntaxError, ValueError, RecursionError, MemoryError):      # Python 2, or code too deep to parse
         return
     lines = source.split("\n")
     for node in ast.walk(tree):
@@ -57,14 +61,14 @@ def pairs_of_file(text):
             continue
         docstring = ast.get_docstring(node)
         summary = docstring.strip().split("\n")[0].strip() if docstring else ""
-        if len(summary.split()) < WORDS or len(node.body) < 2:
+        if len(summary.split()) < FEWEST_WORDS or len(node.body) < 2 or not is_text(summary):
             continue
         doc, after = node.body[0], node.body[1]
         if after.lineno == doc.end_lineno or kind == "function" and doc.lineno == node.lineno:
             continue                                        # on one line with code
         rest = lines[first - 1:doc.lineno - 1] + lines[doc.end_lineno:last]
         document = packages.with_tabs(textwrap.dedent("\n".join(rest)).strip("\n"))
-        if len(document) >= SHORTEST[kind] and "\0" not in document:
+        if len(document) >= SHORTEST[kind] and is_text(document):
             yield dict(kind=kind, document=document, summary=summary)
 
 
@@ -80,6 +84,8 @@ def from_jsonl(path):
         for pair in read_jsonl(path):
             part = zlib.crc32(pair["document"].encode()) % 20
             splits["val" if part == 0 else "test" if part == 1 else "train"].append(pair)
+        require(splits["train"] and splits["val"], f"PATH: {path} has too few pairs for two splits: give a "
+                "folder with train.jsonl and val.jsonl")
     else:
         require((path / "train.jsonl").is_file(), f"PATH: {path} must be a .jsonl file, or a folder with "
                 "train.jsonl, val.jsonl and test.jsonl")
@@ -93,6 +99,8 @@ def from_jsonl(path):
 def read_jsonl(path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
@@ -103,15 +111,19 @@ def read_jsonl(path):
 
 
 def checked(row, where):
-    """A pair, without what else the row holds; ValueError, which begins with `where`, if it is none."""
+    """The row's document, summary and references; ValueError, which begins with `where`, if it has none."""
     pair = {name: row.get(name) for name in ("document", "summary")}
     for name, text in pair.items():
         require(isinstance(text, str), f"{where}: {name} must be text, got {text!r:.40}")
         require(text.strip(), f"{where}: {name} must not be empty")
-    references = row.get("references") or []
+    references = row.get("references", [])
     require(isinstance(references, list) and all(isinstance(x, str) and x.strip() for x in references),
             f"{where}: references must be a list of texts, got {references!r:.40}")
     for text in (*pair.values(), *references):
-        require(not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text),
-                f"{where}: must be text, without zero bytes and halves of surrogate pairs")
+        require(is_text(text), f"{where}: must be text, without zero bytes and halves of surrogate pairs")
     return pair | (dict(references=references) if references else {})
+
+
+def is_text(text):
+    """Whether a corpus can hold it: zero bytes stand between documents there."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)

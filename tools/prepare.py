@@ -67,25 +67,28 @@ def tokenize(document, tokenizer, errors):
     return np.append(tokenizer.encode(text), tokenizer.separator).astype(np.uint16), len(data)
 
 
-def prepare(splits, out, tokenizer, errors="strict", pairs=False):
+def prepare(splits, out, tokenizer, errors="strict", references=None):
     """Write out/train.bin, val.bin (and test.bin), uint16, and meta.json. A split that is there is kept.
 
-    splits  {name: (documents, how many (None: unknown), what identifies them)}
-    pairs   every second document is the summary of the one before it
+    splits      {name: (documents, how many (None: unknown), what identifies them)}
+    references  {split: hash of SPLIT.jsonl}: every second document is the summary of the one before it
     """
     kind = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, pairs=pairs, splits={})
+    meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
+    if references:
+        meta["references"] = references
     for split, (documents, number, identity) in splits.items():
         source = digest(json.dumps([tokenizer, errors, identity]).encode())
         done = split_that_is_there(out, split, source)
         if not done:
             done = write_split(out / f"{split}.bin", documents, number, tokenizer, errors)
+        require(not (references and done["skipped"]), f"{split}: a document without its summary")
         meta["splits"][split] = done | dict(source=source)
         with atomic_file(out / "meta.json") as file:
             file.write((json.dumps(meta, indent=1) + "\n").encode())
-        print(f"{split}: {done['documents']:,} documents, {done['tokens']:,} tokens, "
-              f"{done['skipped']:,} skipped (not UTF-8 text)")
+        number = f"{done['documents'] // 2:,} pairs" if references else f"{done['documents']:,} documents"
+        print(f"{split}: {number}, {done['tokens']:,} tokens, {done['skipped']:,} skipped (not UTF-8 text)")
 
 
 def digest(data):
@@ -174,19 +177,26 @@ def prepare_packages(out, tokenizer, most):
 
 
 def prepare_pairs(splits, out, tokenizer):
-    """{split: pairs} -> a corpus of documents and summaries in turn, and the references in SPLIT.jsonl."""
-    work = {}
+    """{split: pairs} -> a corpus of documents and summaries in turn, and the references in SPLIT.jsonl.
+
+    A line of SPLIT.jsonl is {"kind": .., "references": [..]}; meta.json has the file's hash.
+    """
+    work, hashes = {}, {}
+    out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         texts = [text for pair in rows for text in (pair["document"], pair["summary"])]
         work[split] = texts, len(texts), digest(json.dumps(rows).encode())
-    prepare(work, out, tokenizer, pairs=True)
-    for split, rows in splits.items():
+        lines = [dict(kind=pair.get("kind", "document"), references=pair.get("references", [pair["summary"]]))
+                 for pair in rows]
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         if split != "train":
+            hashes[split] = digest(data)
             with atomic_file(out / f"{split}.jsonl") as file:
-                for pair in rows:
-                    row = dict(kind=pair.get("kind", "document"),
-                               references=pair.get("references", [pair["summary"]]))
-                    file.write((json.dumps(row) + "\n").encode())
+                file.write(data)
+    prepare(work, out, tokenizer, references=hashes)
+    encode = load_tokenizer(tokenizer).encode
+    longest = max((pair["summary"] for rows in splits.values() for pair in rows), key=len)
+    print(f"the longest summary has {len(encode(longest))} tokens (train.py --n_summary)")
 
 
 # The paper's data sets (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
@@ -234,26 +244,26 @@ def prepare_dataset(name, out, tokenizer):
 def main(argv=None):
     parser = cli.Parser(description="Prepare a corpus.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
-    text = commands.add_parser("text", description="Tokenize a folder of .txt files, one document a file.")
+    text = cli.add_command(commands, "text", "Tokenize a folder of .txt files, one document a file.")
     text.add_argument("folder", type=Path, help="holds the files, or folders train, val and test that do")
     text.add_argument("--out", type=Path, required=True, help="folder to write train.bin and val.bin to")
     text.add_argument("--errors", choices=["strict", "replace"], default="strict",
                       help="what is not UTF-8: skip the document, or replace the characters (%(default)s)")
-    installed = commands.add_parser("packages", description="The source of the installed Python packages and "
+    installed = cli.add_command(commands, "packages", "The source of the installed Python packages and "
                                     "of the standard library, a document a package, four spaces as a tab.")
     installed.add_argument("--out", type=Path, default=Path("data/code"), help="default: %(default)s")
-    docstrings = commands.add_parser("docstrings", description="Functions and modules of the installed "
+    docstrings = cli.add_command(commands, "docstrings", "Functions and modules of the installed "
                                      "packages without their docstring, and its first line.")
     docstrings.add_argument("--out", type=Path, default=Path("data/docstrings"), help="default: %(default)s")
     for command in (installed, docstrings):
         command.add_argument("--most", type=int, default=400, help="millions of characters to train on "
                              "(default: %(default)s)")
-    jsonl = commands.add_parser("summaries", description='JSONL, a line {"document": .., "summary": ..}; '
+    jsonl = cli.add_command(commands, "summaries", 'JSONL, a line {"document": .., "summary": ..}; '
                                 'also "references" in test lines: all that are accepted.')
     jsonl.add_argument("path", type=Path, help="a file, or a folder: train.jsonl, val.jsonl (and test.jsonl)")
     jsonl.add_argument("--out", type=Path, required=True, help="folder to write to")
     for name in DATASETS:
-        download = commands.add_parser(name, description=f"Download {name} (needs the package datasets).")
+        download = cli.add_command(commands, name, f"Download {name} (needs the package datasets).")
         download.add_argument("--out", type=Path, default=Path("data") / name, help="default: %(default)s")
     for command in commands.choices.values():
         command.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2",
@@ -270,6 +280,8 @@ def main(argv=None):
             prepare_pairs(pairs.docstrings(args.most * 10 ** 6), args.out, args.tokenizer)
     elif args.command == "summaries":
         require(args.path.exists(), f"PATH: no file or folder {args.path}")
+        folder = args.path if args.path.is_dir() else args.path.parent
+        require(folder.resolve() != args.out.resolve(), f"--out: {args.out} is PATH's folder: give another")
         prepare_pairs(pairs.from_jsonl(args.path), args.out, args.tokenizer)
     else:
         prepare_dataset(args.command, args.out, args.tokenizer)

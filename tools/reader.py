@@ -27,11 +27,11 @@ class Reader:
 
     def numbers(self):
         """What reading has taken since the last reset, as columns of a table."""
-        speed = self.tokens / self.seconds
+        speed = self.tokens / self.seconds if self.seconds else 0.0
         return dict(seconds=self.seconds, tokens_per_second=speed, **peak_memory(self.device))
 
     def pieces(self, model):
-        """What reads, in words."""
+        """What reads, in words; with fast/, the model's pieces are swapped first."""
         if not self.use_fast:
             return "nothing; model.py reads all at once"
         fast.apply(model)
@@ -60,7 +60,10 @@ class Reader:
 
 
     def generate(self, model, prompts, n, stop):
-        """What follows each prompt, greedily: lists of at most n tokens, which end before `stop`."""
+        """What follows each prompt, greedily: lists of at most n tokens, which end before `stop`.
+
+        By fast/generate.py, whatever use_fast says. Prompts and new tokens count as read.
+        """
         most = 2 ** 18 if self.device.type == "cuda" else 2 ** 14               # tokens of prompts at once
         made, groups, start = {}, [[]], time.perf_counter()
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -70,8 +73,8 @@ class Reader:
         for group in groups:
             texts = [prompts[i] for i in group]
             with cli.autocast(self.device, self.dtype):
-                steps = torch.stack([*fast.generate(model, texts, n, temperature=0, stop=[stop])])
-            for i, tokens in zip(group, steps.T.tolist(), strict=True):
+                new = [*fast.generate(model, texts, n, temperature=0, stop=[stop])]
+            for i, tokens in zip(group, torch.stack(new).T.tolist(), strict=True):     # (B, n)
                 made[i] = [token for token in tokens if token not in (stop, -1)]
         self.seconds += time.perf_counter() - start
         self.tokens += sum(map(len, prompts)) + sum(map(len, made.values()))
