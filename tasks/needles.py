@@ -52,7 +52,7 @@ class Needles:
         require(fewest <= n_value <= most, f"n_value must be in {fewest}..{most}, got {n_value}")
         least = 1 + self.form.needle_length
         require(n_text + 1 >= least, f"chunk_size must be at least {least} to hold a needle with a value of "
-                f"{n_value} tokens, got {n_text + 1}")
+                f"{n_value} {'bytes' if corpus.tokenizer == 'bytes' else 'tokens'}, got {n_text + 1}")
         require(0 <= settings["lm_share"] < 1, f"lm_share must be in [0, 1), got {settings['lm_share']}")
         n_name, n_kind = 3 * self.n_question, len(self.alphabet.values) ** min(n_value, 4)
         require(kind != "multihop" or n_name <= n_kind, f"n_needle must be at most {n_kind // 3}, for "
@@ -70,7 +70,7 @@ class Needles:
     def fitting(self, length):
         """How many questions a context of `length` tokens has: as many as wanted, if there is room."""
         least = self.form.least_length
-        require(length >= least, f"seq_len (or --lengths) must be at least {least} for a needle and its "
+        require(length >= least, f"seq_len must be at least {least} for a needle and its "
                 f"question in chunks of {self.form.n_text + 1}, got {length}")
         return min(self.n_question, self.form.room(length))
 

@@ -73,7 +73,7 @@ def load_corpus(name):
         return stdlib_corpus()
     folder, splits = Path(name), {}
     require((folder / "meta.json").is_file(),
-            f"--data must be 'stdlib' or a folder that `python -m tools.prepare ..` made, got {name!r}")
+            f"--data must be 'stdlib' or a folder that `python -m tools.prepare` made, got {name!r}")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {split: meta["splits"][split]["tokens"] for split in {"train", "val", *meta["splits"]}}

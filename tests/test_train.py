@@ -1,6 +1,7 @@
 """Training, by its functions and command line: learning, stopping, resuming, and what it refuses."""
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,7 +210,7 @@ def test_a_run_that_goes_astray_ends_with_a_message(tmp_path, monkeypatch, capsy
 
 
 def test_no_room_for_checkpoints_is_found_before_the_first_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     error = refused(capsys, train_module.main, "--out", tmp_path / "new", *TEXT_FLAGS)
     assert "MiB free for checkpoints" in error
     assert not (tmp_path / "new").exists()
