@@ -11,5 +11,6 @@ A task is a class that train.py and eval.py ask, by these names:
     measure(model, read, lengths, n, seed)  the table after training, a row at a time; read: eval.py's Reader
     REPORT, TITLE                           the file that the table goes to, and what stands above it
 
-To add a task, write one file here, and name its class in eval.py's TASKS.
+To add a task, write one file here, and name its class in eval.py's TASKS. (haystack.py belongs to needles.py:
+what a context with needles holds.)
 """
