@@ -169,49 +169,9 @@ def run_inspect(args, device):
 def make_parser():
     parser = cli.Parser(description="Measure a trained DRT.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
-    niah = cli.add_command(commands, "niah", "Needle accuracy by context length, on unseen text.")
-    niah.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
-                      "default: the training length times 1, 4, 16, .. 1024")
-    niah.add_argument("--questions", type=int, help="questions at each length; default: "
-                      "240, and fewer, at least 32, in long contexts")
-    ppl = cli.add_command(commands, "ppl", "Perplexity of unseen text by context length: "
-                              "the same tokens, after more or less context.")
-    ppl.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
-                     "default: 1024, 2048, .. 65536")
-    ppl.add_argument("--places", type=int,
-                     help=f"at each, {N_SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
-    ppl.add_argument("--retriever", choices=RETRIEVERS,
-                     help="read other chunks than in training; default: the checkpoint's")
-    write = cli.add_command(commands, "summarize", "ROUGE of summaries that it writes for unseen "
-                                "documents (needs rouge-score), and a few examples.")
-    write.add_argument("--documents", type=int, help="of each kind; default: 400 on a GPU, 20 on a CPU")
-    speed = cli.add_command(commands, "speed", "Time and memory of reading and of generating, by "
-                                "context length, on random tokens; without --ckpt with random weights.")
-    speed.add_argument("--lengths", type=lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
-                       help="tokens of context, separated by commas (4096 to 1048576)")
-    speed.add_argument("--tokens", type=int, default=512, help="tokens to generate (%(default)s)")
-    speed.add_argument("--compare", action="store_true", help="also a base LM and a full-attention model, "
-                       "with two layers more")
-    speed.add_fields(DRTConfig)
-    sample = cli.add_command(commands, "sample", "Continue a text.")
-    text = sample.add_mutually_exclusive_group(required=True)
-    text.add_argument("--prompt", help="the text")
-    text.add_argument("--file", type=Path, help="a file that holds it, of any length")
-    sample.add_argument("--tokens", type=int, default=200, help="how many to add (%(default)s)")
-    sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
-    sample.add_argument("--sample_top_k", type=int, help="among the k likeliest tokens")
-    sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
-    niah.add_argument("--needle", choices=KINDS, help="another kind than in training")
-    niah.add_argument("--depths", type=int, help="one needle, at so many depths of each context")
-    look = cli.add_command(commands, "inspect", "What is retrieved for a chunk of a text.")
-    text = look.add_mutually_exclusive_group(required=True)
-    text.add_argument("--prompt", help="the text")
-    text.add_argument("--file", type=Path, help="a file that holds it")
-    text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
-    look.add_argument("--questions", type=int, default=1, help="with --needles: at least (%(default)s)")
-    look.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
-    look.add_argument("--html", type=Path, help="write a page of all chunks to this file")
-    niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
+    niah, ppl, write, speed = add_measurements(commands)
+    sample, look = add_looks(commands)
+    add_plot(commands)
     for command in (ppl, write):
         command.add_argument("--ckpt", type=Path, nargs="+", default=[Path("out/ckpt.pt")],
                              help="checkpoints, side by side; default: out/ckpt.pt")
@@ -233,10 +193,66 @@ def make_parser():
     for command in (niah, ppl, write, speed, sample):
         command.add_argument("--dtype", default="auto", choices=["auto", *cli.DTYPES], help="to compute in "
                              "(auto: bfloat16 or float16 on a GPU, float32 on a CPU)")
+    return parser
+
+
+def add_measurements(commands):
+    """The commands that end with a table."""
+    niah = cli.add_command(commands, "niah", "Needle accuracy by context length, on unseen text.")
+    niah.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
+                      "default: the training length times 1, 4, 16, .. 1024")
+    niah.add_argument("--questions", type=int, help="questions at each length; default: "
+                      "240, and fewer, at least 32, in long contexts")
+    niah.add_argument("--needle", choices=KINDS, help="another kind than in training")
+    niah.add_argument("--depths", type=int, help="one needle, at so many depths of each context")
+    niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
+    ppl = cli.add_command(commands, "ppl", "Perplexity of unseen text by context length: "
+                          "the same tokens, after more or less context.")
+    ppl.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
+                     "default: 1024, 2048, .. 65536")
+    ppl.add_argument("--places", type=int,
+                     help=f"at each, {N_SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
+    ppl.add_argument("--retriever", choices=RETRIEVERS,
+                     help="read other chunks than in training; default: the checkpoint's")
+    write = cli.add_command(commands, "summarize", "ROUGE of summaries that it writes for unseen "
+                            "documents (needs rouge-score), and a few examples.")
+    write.add_argument("--documents", type=int, help="of each kind; default: 400 on a GPU, 20 on a CPU")
+    speed = cli.add_command(commands, "speed", "Time and memory of reading and of generating, by "
+                            "context length, on random tokens; without --ckpt with random weights.")
+    speed.add_argument("--lengths", type=lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
+                       help="tokens of context, separated by commas (4096 to 1048576)")
+    speed.add_argument("--tokens", type=int, default=512, help="tokens to generate (%(default)s)")
+    speed.add_argument("--compare", action="store_true", help="also a base LM and a full-attention model, "
+                       "with two layers more")
+    speed.add_fields(DRTConfig)
+    return niah, ppl, write, speed
+
+
+def add_looks(commands):
+    """The commands that show a text."""
+    sample = cli.add_command(commands, "sample", "Continue a text.")
+    text = sample.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text")
+    text.add_argument("--file", type=Path, help="a file that holds it, of any length")
+    sample.add_argument("--tokens", type=int, default=200, help="how many to add (%(default)s)")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (%(default)s)")
+    sample.add_argument("--sample_top_k", type=int, help="among the k likeliest tokens")
+    sample.add_argument("--sample_top_p", type=float, help="among the likeliest that hold p")
+    look = cli.add_command(commands, "inspect", "What is retrieved for a chunk of a text.")
+    text = look.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text")
+    text.add_argument("--file", type=Path, help="a file that holds it")
+    text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
+    look.add_argument("--questions", type=int, default=1, help="with --needles: at least (%(default)s)")
+    look.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
+    look.add_argument("--html", type=Path, help="write a page of all chunks to this file")
+    return sample, look
+
+
+def add_plot(commands):
     plot = cli.add_command(commands, "plot", "Draw what --json wrote (needs matplotlib).")
     plot.add_argument("reports", type=Path, nargs="+", help="the files: a curve for each, or for each model")
     plot.add_argument("--out", type=Path, default=Path("niah.png"), help="the picture (%(default)s)")
-    return parser
 
 
 def lengths(text):
