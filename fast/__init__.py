@@ -8,8 +8,9 @@
 Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.
 """
 import warnings
+from types import FunctionType, MethodType
 
-from fast import gca, loss, window
+from fast import gca, loss, training, window
 from fast.generate import generate
 from fast.memory import Memory
 from fast.stream import read
@@ -17,12 +18,12 @@ from model import DRT, CrossAttention, SelfAttention
 
 __all__ = ["Memory", "apply", "describe", "generate", "read"]
 
-LARGE_VOCABULARY = 4096         # from here on the loss is taken in blocks
 TABLE = [
-    # plain piece                           fast twin                 in words
-    (CrossAttention, "gca",                 gca.gca,                  gca.kernels_in_words),
-    (SelfAttention,  "window_attention",    window.window_attention,  lambda config: "flex attention"),
-    (DRT,            "cross_entropy",       loss.cross_entropy,       lambda config: "loss in blocks"),
+    # plain piece                           fast twin                   in words; "" where it does not pay
+    (CrossAttention, "gca",                 gca.gca,                    gca.in_words),
+    (SelfAttention,  "window_attention",    window.window_attention,    window.in_words),
+    (DRT,            "cross_entropy",       loss.cross_entropy,         loss.in_words),
+    (DRT,            "hidden",              training.hidden,            training.in_words),
 ]
 
 
@@ -43,18 +44,18 @@ def apply(model, compile=False):
 
 
 def swap(model):
-    for kind, attribute, twin, _ in TABLE:
-        if kind is DRT and model.config.vocab_size < LARGE_VOCABULARY:
-            continue                            # all logits are few: blocks would be more launches, not fewer
+    for kind, attribute, twin, in_words in TABLE:
         for module in model.modules():
-            if isinstance(module, kind):
-                setattr(module, attribute, twin)
+            if isinstance(module, kind) and in_words(model):
+                is_method = isinstance(getattr(kind, attribute, None), FunctionType)
+                setattr(module, attribute, MethodType(twin, module) if is_method else twin)
 
 
 def describe(model):
     """What of the table is active in the model, in words, or "": for the line that says what runs."""
     active = []
-    for kind, attribute, twin, words in TABLE:
-        if any(isinstance(module, kind) and getattr(module, attribute) is twin for module in model.modules()):
-            active.append(words(model.config))
+    for kind, attribute, twin, in_words in TABLE:
+        pieces = [getattr(module, attribute) for module in model.modules() if isinstance(module, kind)]
+        if any(getattr(piece, "__func__", piece) is twin for piece in pieces):
+            active.append(in_words(model))
     return ", ".join(active)

@@ -6,6 +6,7 @@
 """
 import importlib.util
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +62,7 @@ SHAPES = [("paper", PAPER | dict(retrieval=name)) for name in ("uniform", "skewe
     ("K 32", PAPER | dict(K=32)),
     ("8 heads of 16", PAPER | dict(Hq=8, Hkv=8, D=16)),
     ("8 heads of 32", PAPER | dict(Hq=8, Hkv=8, D=32)),
+    ("8 chunks", dict(B=1, Cq=8, Sq=64, Hq=8, Hkv=8, D=16, Ck=8, Sk=64, K=4)),
     *((f"decode {rows} x {B}", PAPER | dict(B=B, Cq=1, Sq=rows)) for B in (1, 8, 64) for rows in (1, 64))]
 
 
@@ -108,15 +110,15 @@ def measure(function, leaves, backward):
     """Median milliseconds, forward and backward, and MiB beyond inputs, output and gradients at the peak.
 
     Both are timed as CUDA graphs, because some take no longer than Python takes to launch them. Backward is
-    what forward and backward together take beyond the forward pass.
+    what forward and backward together take beyond the forward pass. eager_ms: all of it, called from Python.
     """
     def milliseconds(run):
         return triton.testing.do_bench_cudagraph(run, return_mode="median")
 
     with torch.no_grad():
         row = dict(forward_ms=milliseconds(partial(function, *leaves)))
-    if not backward:
-        return row
+        if not backward:
+            return row | dict(eager_ms=wall_time(partial(function, *leaves)))
     upstream = torch.randn_like(function(*leaves))
 
     def gradients():
@@ -129,7 +131,19 @@ def measure(function, leaves, backward):
     before = torch.cuda.memory_allocated()
     kept = sum(x.numel() * x.element_size() for x in gradients())
     extra = torch.cuda.max_memory_allocated() - before - kept
-    return row | dict(backward_ms=milliseconds(gradients) - row["forward_ms"], extra_mib=extra / 2 ** 20)
+    backward_ms, eager_ms = milliseconds(gradients) - row["forward_ms"], wall_time(gradients)
+    return row | dict(backward_ms=backward_ms, eager_ms=eager_ms, extra_mib=extra / 2 ** 20)
+
+
+def wall_time(run, n=50):
+    """Milliseconds of a call in a row of n, at the end of which the GPU is waited for."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(n):
+        run()
+    torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start) / n
 
 
 def compare(name, shape, peak, compiled):
@@ -161,7 +175,7 @@ def benchmark(shapes, compiled=True):
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / triton.testing.do_bench(lambda: a @ b, return_mode="median")   # FLOP a millisecond
     print(f"{torch.cuda.get_device_name()}, bf16; matrix product: {peak / 1e9:.0f} TFLOP/s")
-    columns = ("forward_ms", "backward_ms", "forward_share", "backward_share", "extra_mib", "ratio")
+    columns = "forward_ms", "backward_ms", "eager_ms", "forward_share", "backward_share", "extra_mib", "ratio"
     print(f"{'shape':16}{'retrieval':10}{'contender':20}", *(f"{column:>14}" for column in columns))
     rows = []
     for name, shape in shapes:

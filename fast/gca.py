@@ -10,9 +10,13 @@ docs/kernels.md has what each of these gave, and what was tried. Shapes are gca.
 """
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import gca as plain
+from fast.launch import aligned, descriptor, launch, without_large_gaps
 from gca import (
     INTERPRET,
     backward_q_kernel,
@@ -27,7 +31,6 @@ from gca import (
 
 if triton:
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 hopper = None
 if triton and torch.cuda.is_available() and not INTERPRET:
@@ -36,6 +39,7 @@ if triton and torch.cuda.is_available() and not INTERPRET:
     except (ImportError, AttributeError):       # a Triton whose Gluon has other names; it is experimental
         pass
 
+OPTIONS = {}        # launch_options by shape
 SEGMENT = 64        # pairs in a piece of a list; shorter pieces take more memory
 LARGE = 2 ** 25     # numbers in q from which the backward pass takes half of the heads at a time: less memory
 
@@ -223,51 +227,43 @@ def add_pieces_kernel(DK, DV, PieceK, PieceV, Offsets, Items, n_piece, Ck, Hkv, 
 
 # ---------------------------------------------------------------- the host's side
 
-def without_large_gaps(x):
-    """x, or a copy if a descriptor cannot read it: gaps inside heads or between sequences, odd addresses."""
-    B, C, S, H, D = x.shape
-    heads = x.stride(4) == 1 and (H == 1 or x.stride(3) == D)
-    sequences = B == 1 or C == 1 or x.stride(0) == C * x.stride(1)
-    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
-    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-    return x if heads and sequences and aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-def descriptor(x, rows):
-    """For tiles of `rows` rows of one chunk in one head; x (B, C, S, H, D) without large gaps."""
-    B, C, S, H, D = x.shape
-    chunk = x.stride(1) if C > 1 else x.stride(0) if B > 1 else 16      # axes of one element have any stride
-    row = x.stride(2) if S > 1 else 16
-    return TensorDescriptor(x, [B * C, S, H * D], [chunk, row, 1], [1, rows, D])
-
-
 def n_parts(n_program, n_slot, device):
     """Over how many programs to share the slots of a query block, so that the GPU is busy."""
-    if device.type != "cuda":
-        return 1
-    n_processor = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(n_slot, 2 * n_processor // n_program))
+    return max(1, min(n_slot, 2 * n_processors(device) // n_program))
 
 
-@torch.library.custom_op("gca::fast_forward", mutates_args=())
-def fast_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
-                 indices: torch.Tensor, softmax_one: bool, scale: float) -> torch.Tensor:
+@lru_cache
+def n_processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def tiles(q, k, softmax_one):
+    """gca.py's launch_options, worked out once."""
+    key = q.shape[2:], k.shape[2:], q.dtype, q.device, softmax_one, torch.backends.cuda.matmul.allow_tf32
+    if key not in OPTIONS:
+        OPTIONS[key] = launch_options(q, k, softmax_one)
+    return OPTIONS[key]
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor,
+            softmax_one: bool, scale: float) -> torch.Tensor:
     (B, Cq, Sq, Hq, _), (_, Ck, Sk, _, _), n_slot = q.shape, k.shape, weights.shape[2]
-    options = launch_options(q, k, softmax_one)
+    options = tiles(q, k, softmax_one)
     rows, keys = options["ROWS"], options["KEYS"]
-    n_program = B * Cq * Hq * triton.cdiv(Sq, rows)
+    n_program = B * Cq * Hq * -(-Sq // rows)
     n_part = n_parts(n_program, n_slot, q.device)
+    on_hopper = hopper and n_part == 1 and hopper.fits(q, options)
+    tile, kind = hopper.descriptor if on_hopper else descriptor, (q.device, q.dtype, indices.dtype)
     dtype = q.dtype if n_part == 1 else torch.float32
     out = torch.empty(n_part, *q.shape, dtype=dtype, device=q.device)
     q, k, v = (without_large_gaps(x) for x in (q, k, v))
-    inputs = (descriptor(q, rows), descriptor(k, keys), descriptor(v, keys),
-              weights.float().contiguous(), indices.contiguous())
-    output = descriptor(out.flatten(0, 1), rows)
-    if hopper and n_part == 1 and hopper.fits(q, options):
-        hopper.forward(*inputs, output, scale, n_slot, Cq, Ck, options)
+    inputs = (tile(q, rows), tile(k, keys), tile(v, keys), aligned(weights.float()), aligned(indices),
+              tile(out.flatten(0, 1), rows))
+    if on_hopper:
+        hopper.forward(kind, *inputs, scale, n_slot, Cq, Ck, options)
     else:
-        forward_kernel[(n_part * n_program,)](
-            *inputs, output, scale, n_slot, n_part, B, Cq, Ck, Sq, Sk, Hq, **options)
+        launch(forward_kernel, kind, (n_part * n_program,),
+               *inputs, scale, n_slot, n_part, B, Cq, Ck, Sq, Sk, Hq, **options)
     return out[0] if n_part == 1 else out.sum(0).to(q.dtype)
 
 
@@ -279,8 +275,9 @@ def retrieved_by(indices, Ck):
     B, n_pair = len(indices), indices[0].numel()
     pairs, numbers = torch.empty(2, B, n_pair, dtype=torch.int32, device=indices.device)
     offsets = torch.empty(B, Ck + 1, dtype=torch.int32, device=indices.device)
-    block = min(4096, triton.next_power_of_2(n_pair))
-    retrieved_by_kernel[(B * (Ck + 1),)](indices, pairs, offsets, numbers, n_pair, Ck, BLOCK=block)
+    block, kind = min(4096, triton.next_power_of_2(n_pair)), (indices.device, indices.dtype)
+    launch(retrieved_by_kernel, kind, (B * (Ck + 1),),
+           indices, pairs, offsets, numbers, n_pair, Ck, BLOCK=block)
     return pairs, offsets, numbers
 
 
@@ -290,49 +287,58 @@ def work_items(pairs, offsets):
     n_piece = (n_pair - 1) // SEGMENT
     items = torch.empty(B, n_piece + Ck, dtype=torch.int32, device=pairs.device)
     block = min(4096, triton.next_power_of_2(Ck))
-    items_kernel[(B * (Ck + 1),)](offsets, items, n_piece, Ck, BLOCK=block, SEGMENT=SEGMENT)
+    launch(items_kernel, offsets.device, (B * (Ck + 1),),
+           offsets, items, n_piece, Ck, BLOCK=block, SEGMENT=SEGMENT)
     return items
 
 
-@torch.library.custom_op("gca::fast_backward", mutates_args=())
-def fast_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
-                  indices: torch.Tensor, softmax_one: bool, scale: float) -> list[torch.Tensor]:
+def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor,
+             indices: torch.Tensor, softmax_one: bool, scale: float) -> list[torch.Tensor]:
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     do, q, k, v = (without_large_gaps(x) for x in (do, q, k, v))
-    w = weights.float().contiguous()
-    pairs, offsets, numbers = retrieved_by(indices.contiguous(), k.shape[1])
+    w = aligned(weights.float())
+    pairs, offsets, numbers = retrieved_by(aligned(indices), k.shape[1])
     lists = pairs, offsets, work_items(pairs, offsets)
-    n_half = 2 if q.numel() >= LARGE and k.shape[3] % 2 == 0 else 1
-    dw = 0
-    for heads in zip(*(x.chunk(n_half, dim=3) for x in (do, q, k, v, dq, dk, dv)), strict=True):
-        dw = dw + backward_of_heads(*heads, w, numbers, lists, softmax_one, scale)
-    return [dq, dk, dv, dw.to(weights.dtype)]
+    tensors = do, q, k, v, dq, dk, dv
+    in_halves = q.numel() >= LARGE and k.shape[3] % 2 == 0
+    halves = zip(*(x.chunk(2, dim=3) for x in tensors), strict=True) if in_halves else [tensors]
+    dw, *others = [backward_of_heads(*heads, w, numbers, lists, softmax_one, scale) for heads in halves]
+    return [dq, dk, dv, sum(others, dw).to(weights.dtype)]
 
 
 def backward_of_heads(do, q, k, v, dq, dk, dv, w, numbers, lists, softmax_one, scale):
     """Fill dq, dk and dv, which may be slices of the heads; returns dweights (B, Cq, K)."""
-    options = launch_options(q, k, softmax_one)
+    options = tiles(q, k, softmax_one)
     rows, keys = options["ROWS"], options["KEYS"]
     (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, w.shape[2]
-    n_block, n_piece = triton.cdiv(Sq, rows), lists[-1].shape[1] - Ck
+    n_block, n_piece = -(-Sq // rows), lists[-1].shape[1] - Ck
+    on_hopper = hopper and hopper.fits(q, options)
+    tile, kind = hopper.descriptor if on_hopper else descriptor, (q.device, q.dtype)
     pieces = torch.empty(2, B, max(1, n_piece), Sk, Hkv, D, dtype=torch.float32, device=q.device)
-    inputs = descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(do, rows), w
-    sums = [descriptor(x, keys) for x in (dk, dv, *pieces)]
-    if hopper and hopper.fits(q, options):
-        dw = hopper.backward(*inputs, numbers, descriptor(dq, rows), sums, lists, scale, SEGMENT, B, Cq, Ck,
+    inputs = tile(q, rows), tile(k, keys), tile(v, keys), tile(do, rows), w
+    sums = [tile(x, keys) for x in (dk, dv, *pieces)]
+    if on_hopper:
+        dw = hopper.backward(kind, *inputs, numbers, tile(dq, rows), sums, lists, scale, SEGMENT, B, Cq, Ck,
                              n_slot, options)
     else:
         dw_shares = w.new_empty(B, Cq, n_slot, n_block, Hq)
-        backward_q_kernel[(B * Cq, n_block, Hq)](
-            *inputs, numbers, descriptor(dq, rows), dw_shares, scale, n_slot, Sk, **options)
-        backward_kv_kernel[(B * (n_piece + Ck) * Hkv,)](
-            *inputs, *sums, *lists, scale, n_piece, B, Cq, Ck, Sk, Hkv, SLOTS=n_slot, BLOCKS=n_block,
-            SEGMENT=SEGMENT, **options)
+        launch(backward_q_kernel, kind, (B * Cq, n_block, Hq),
+               *inputs, numbers, tile(dq, rows), dw_shares, scale, n_slot, Sk, **options)
+        launch(backward_kv_kernel, kind, (B * (n_piece + Ck) * Hkv,),
+               *inputs, *sums, *lists, scale, n_piece, B, Cq, Ck, Sk, Hkv, SLOTS=n_slot, BLOCKS=n_block,
+               SEGMENT=SEGMENT, **options)
         dw = dw_shares.sum((3, 4))
     if n_piece:
-        add_pieces_kernel[(B * n_piece * Hkv,)](
-            *sums, *lists[1:], n_piece, Ck, Hkv, D=D, KEYS=keys, SEGMENT=SEGMENT)
+        sums = [descriptor(x, keys) for x in (dk, dv, *pieces)]
+        launch(add_pieces_kernel, kind, (B * n_piece * Hkv,),
+               *sums, *lists[1:], n_piece, Ck, Hkv, D=D, KEYS=keys, SEGMENT=SEGMENT)
     return dw
+
+
+# ---------------------------------------------------------------- as PyTorch ops, and without their cost
+
+fast_forward = torch.library.custom_op("gca::fast_forward", forward, mutates_args=())
+fast_backward = torch.library.custom_op("gca::fast_backward", backward, mutates_args=())
 
 
 def gradients(ctx, do):
@@ -343,7 +349,30 @@ fast_forward.register_fake(plain.fake_forward)
 fast_backward.register_fake(plain.fake_backward)
 fast_forward.register_autograd(gradients, setup_context=plain.save_inputs)
 fast_backward.register_autograd(plain.second_derivative)
-plain.BACKENDS["fast"] = fast_forward
+
+
+class Eager(torch.autograd.Function):
+    """The same without torch's registry of ops, which takes Python a tenth of a millisecond for each pass."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        plain.save_inputs(ctx, inputs, None)
+        return forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, do):
+        if torch.is_grad_enabled():                     # create_graph=True: the op says what it cannot do
+            return gradients(ctx, do)
+        return *backward(do, *ctx.saved_tensors, ctx.softmax_one, ctx.scale), None, None, None
+
+
+def op(q, *others):
+    """The registered op where something traces or watches the call, the short way where nothing does."""
+    is_watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(q) is not torch.Tensor
+    return fast_forward(q, *others) if is_watched else Eager.apply(q, *others)
+
+
+plain.BACKENDS["fast"] = op
 
 
 def gca(q, k, v, weights, indices, softmax_one=True, scale=None):
@@ -352,8 +381,9 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None):
     return plain.gca(q, k, v, weights, indices, softmax_one, scale, backend)
 
 
-def kernels_in_words(config):
-    """Which kernels a model of this DRTConfig runs on a GPU, in half precision."""
+def in_words(model):
+    """Which kernels a model runs on a GPU, in half precision."""
+    config = model.config
     D, S = config.n_embd // config.n_head, config.chunk_size
     x = torch.empty(1, 1, S, config.n_head, D, dtype=torch.bfloat16, device="meta")
     if not kernel_fits(x, x[:, :, 1:]):

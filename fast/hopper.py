@@ -22,7 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma as product
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init as accumulator
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait as finish
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fast.launch import descriptor as plain_descriptor
+from fast.launch import launch
 
 if hasattr(gl, "thread_barrier"):           # the names of Triton 3.6, and those of 3.9
     thread_barrier, copy_rows = gl.thread_barrier, async_copy.async_copy_global_to_shared
@@ -323,8 +325,13 @@ def fetch_stats(Stats, stats, i, pair, n_stat, row):
 
 def fits(q, options):
     """Whether the kernels take this: 33 to 64 rows and keys a chunk, heads of at most 64, 16-bit numbers."""
-    return (torch.cuda.get_device_capability()[0] == 9 and q.element_size() == 2
+    return (is_hopper() and q.element_size() == 2
             and options["ROWS"] == options["KEYS"] == 64 and options["D"] <= 64)
+
+
+@functools.cache
+def is_hopper():
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 @functools.cache
@@ -333,23 +340,21 @@ def shared_layout(D, element_size):
     return gl.NVMMASharedLayout.get_default_for([1, 64, D], dtype)
 
 
-def with_layouts(*descriptors):
-    """Triton's descriptors as Gluon's, which name the layout in shared memory."""
-    return [TensorDescriptor(x.base, x.shape, x.strides, x.block_shape,
-                             shared_layout(x.block_shape[2], x.base.element_size())) for x in descriptors]
+def descriptor(x, rows):
+    """fast/launch.py's, which here names the layout in shared memory."""
+    return plain_descriptor(x, rows, shared_layout(x.shape[4], x.element_size()))
 
 
-def forward(q, k, v, w, indices, out, scale, n_slot, Cq, Ck, options):
-    """Launch forward_kernel; q, k, v and out are descriptors as fast/gca.py makes them."""
+def forward(kind, q, k, v, w, indices, out, scale, n_slot, Cq, Ck, options):
+    """Launch forward_kernel; q, k, v and out are descriptors."""
     (n_query, Sq, width), Sk = q.shape, k.shape[1]
     tiles = {name: options[name] for name in ("GROUP", "D", "ROWS", "KEYS", "ONE")}
     Hq, n_block = width // options["D"], -(-Sq // options["ROWS"])
-    forward_kernel[(n_query * n_block * Hq,)](
-        *with_layouts(q, k, v), w, indices, *with_layouts(out), scale, n_slot, Cq, Ck, Sq, Sk, Hq, **tiles,
-        num_warps=4)
+    launch(forward_kernel, kind, (n_query * n_block * Hq,),
+           q, k, v, w, indices, out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, **tiles, num_warps=4)
 
 
-def backward(q, k, v, do, w, numbers, dq, sums, lists, scale, SEGMENT, B, Cq, Ck, n_slot, options):
+def backward(kind, q, k, v, do, w, numbers, dq, sums, lists, scale, SEGMENT, B, Cq, Ck, n_slot, options):
     """Fill dq and sums (dk, dv and the tiles of pieces), all descriptors; returns dweights (B, Cq, K)."""
     (_, Sq, width), Sk = q.shape, k.shape[1]
     tiles = {name: options[name] for name in ("GROUP", "D", "ROWS", "KEYS")}
@@ -357,11 +362,10 @@ def backward(q, k, v, do, w, numbers, dq, sums, lists, scale, SEGMENT, B, Cq, Ck
     Hkv, n_piece = Hq // options["GROUP"], lists[-1].shape[1] - Ck
     n_stat = Hq * n_block * options["ROWS"]
     stats = torch.empty(B, Cq, n_slot, 2, n_stat, dtype=torch.float32, device=w.device)
-    inputs = (*with_layouts(q, k, v, do), w)
-    backward_q_kernel[(B * Cq * n_block * Hq,)](
-        *inputs, numbers, *with_layouts(dq), stats, scale, n_slot, Cq, Sq, Sk, Hq, **tiles,
-        ONE=options["ONE"], num_warps=4)
-    backward_kv_kernel[(B * (n_piece + Ck) * Hkv,)](
-        *inputs, *with_layouts(*sums), stats, *lists, scale, n_piece, B, Cq, Ck, Hkv, SLOTS=n_slot,
-        BLOCKS=n_block, SEGMENT=SEGMENT, **tiles, num_warps=4)
+    launch(backward_q_kernel, kind, (B * Cq * n_block * Hq,),
+           q, k, v, do, w, numbers, dq, stats, scale, n_slot, Cq, Sq, Sk, Hq, **tiles, ONE=options["ONE"],
+           num_warps=4)
+    launch(backward_kv_kernel, kind, (B * (n_piece + Ck) * Hkv,),
+           q, k, v, do, w, *sums, stats, *lists, scale, n_piece, B, Cq, Ck, Hkv, SLOTS=n_slot, BLOCKS=n_block,
+           SEGMENT=SEGMENT, **tiles, num_warps=4)
     return stats[:, :, :, 1].sum(-1)

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 
 ROWS = 8192                         # positions whose logits are held at once
 NO_LABEL = -100
+LARGE_VOCABULARY = 4096             # of fewer tokens, all logits are few: blocks would be more launches
+
+
+def in_words(model):
+    return "loss in blocks" if model.config.vocab_size >= LARGE_VOCABULARY else ""
 
 
 def cross_entropy(hidden, weight, targets):

@@ -13,18 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from model import band_bias
+from model import alibi_slopes, band_bias
 
 BLOCK = 128                         # of flex_attention's block mask
+WIDE = 128                          # of narrower windows, blocks are as fast, and nothing is compiled
 
 
 def window_attention(q, k, v, window, slopes):
     """Causal self-attention over the last W positions, with ALiBi (Sec. 3). Any n >= 1."""
     if q.shape[2] <= window:
         return dense_attention(q, k, v, window, slopes)
-    if q.is_cuda and q.shape[-1] >= 16:                     # flex_attention takes no narrower heads
+    if q.is_cuda and window >= WIDE and q.shape[-1] >= 16:  # flex_attention takes no narrower heads
         return flex_window(q, k, v, window, slopes)
     return blockwise_attention(q, k, v, window, slopes)
+
+
+def in_words(model):
+    return "flex attention" if model.config.window >= WIDE else "window in blocks"
 
 
 def dense_attention(q, k, v, window, slopes):
@@ -38,19 +43,27 @@ def blockwise_attention(q, k, v, window, slopes):
     past = k.shape[2] - n
     n_first = max(0, window - past)          # queries that have no full window of keys before them
     n_key = past + n_first
-    first = dense_attention(q[:, :, :n_first], k[:, :, :n_key], v[:, :, :n_key], window, slopes)
     n_block = -(-(n - n_first) // window)
     padding = n_block * window - (n - n_first)
+    bias = block_bias(window, H, q.dtype, q.device)                             # (H, W, 2W)
 
     def key_blocks(x):                       # (B, Hkv, m, D) -> (B * n_block, Hkv, 2W, D)
         x = F.pad(x[:, :, n_key - window:], (0, 0, 0, padding)).unflatten(2, (n_block + 1, window))
         return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
 
-    q = F.pad(q[:, :, n_first:], (0, 0, 0, padding)).unflatten(2, (n_block, window))
-    q = q.transpose(1, 2).flatten(0, 1)      # (B * n_block, H, W, D)
-    out = dense_attention(q, key_blocks(k), key_blocks(v), window, slopes)
+    blocks = F.pad(q[:, :, n_first:], (0, 0, 0, padding)).unflatten(2, (n_block, window))
+    blocks = blocks.transpose(1, 2).flatten(0, 1)                               # (B * n_block, H, W, D)
+    out = F.scaled_dot_product_attention(blocks, key_blocks(k), key_blocks(v), bias, enable_gqa=True)
     out = out.unflatten(0, (B, n_block)).transpose(1, 2).flatten(2, 3)[:, :, :n - n_first]
-    return torch.cat([first, out], dim=2)
+    if not n_first:
+        return out
+    q, k, v, bias = q[:, :, :n_first], k[:, :, :n_key], v[:, :, :n_key], bias[:, -n_first:, -n_key:]
+    return torch.cat([F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True), out], dim=2)
+
+
+@lru_cache
+def block_bias(window, n_head, dtype, device):
+    return band_bias(window, 2 * window, window, alibi_slopes(n_head).to(device)).to(dtype)
 
 
 # ---------------------------------------------------------------- flex_attention

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fast.gca as fast_gca
 from fast.gca import fast_backward, fast_forward, retrieved_by, work_items
@@ -111,6 +112,22 @@ def test_registered_as_a_pytorch_op():
     dq, = torch.autograd.grad(fast_kernel(*leaves, indices).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         dq.sum().backward()
+
+
+def test_what_traces_a_call_meets_the_op():
+    """Calls that nothing watches go around torch's registry; all others must not."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in inputs(B=1, Cq=2, Sq=2, Sk=3, K=2)]
+        assert fast_gca.op(*fakes, True, 0.25).shape == fakes[0].shape
+
+
+def test_what_is_launched_twice_is_not_compiled_for_the_first_sizes():
+    """Kernels are kept by their sizes: other sizes, odd addresses and other dtypes come in between."""
+    for sizes in (dict(Cq=2), dict(Cq=3), dict(Cq=2, D=32), dict(Cq=2, dtype=torch.float16), dict(Cq=2)):
+        *floats, indices = inputs(B=1, Sq=5, K=4, **sizes)
+        assert_matches(fast_kernel, (*floats, indices.int() if "D" in sizes else indices))
+        odd = torch.cat([indices[:, :1, :1].flatten(), indices.flatten()])[1:].view(indices.shape)
+        assert_matches(fast_kernel, (*floats, odd))
 
 
 # ---------------------------------------------------------------- the list of work

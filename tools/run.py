@@ -98,7 +98,10 @@ class Ranks:
         """This process's rows of a batch (numpy arrays), as tensors on the device."""
         n = len(batch[0]) // self.size
         rows = slice(self.rank * n, (self.rank + 1) * n)
-        return [torch.from_numpy(x[rows]).to(self.device, non_blocking=True) for x in batch]
+        tensors = [torch.from_numpy(x[rows]) for x in batch]
+        if self.device.type == "cuda":
+            tensors = [x.pin_memory() for x in tensors]         # from there, the copy waits for nothing
+        return [x.to(self.device, non_blocking=True) for x in tensors]
 
     def objective(self, model, loss, find_unused):
         """A module that computes loss(model, *batch), and averages gradients over all processes."""
