@@ -211,7 +211,6 @@ def kernel_fits(q, k):              # whether the kernels take them
 
 
 @torch.compiler.assume_constant_result
-@lru_cache
 def gpu(device):                    # its compute capability, and the shared memory that a program may have
     if device.type != "cuda":
         return 9, 2 ** 20           # the interpreter
@@ -389,11 +388,11 @@ def check_arguments(tensors, scale, backend):
         if x.dim() != len(axes):                # no require() here: the words alone would take 0.1 ms a call
             raise ValueError(f"{name} must be ({AXES[name]}), got shape {[*x.shape]}")
         for axis, size in zip(axes, x.shape, strict=True):
-            if size == 0 and axis in ("Sk", "K"):
-                raise ValueError(f"{name} must have {axis} of at least 1, got 0")
             if sizes.setdefault(axis, size) != size:
                 size = sizes[axis]
                 raise ValueError(f"{name} must have {axis} {size}, as the others, got shape {[*x.shape]}")
+            if size == 0 and axis in ("Sk", "K"):
+                raise ValueError(f"{name} must have {axis} of at least 1, got 0")
         if x.dtype not in wanted:
             raise ValueError(f"{name} must have dtype {wanted[0]}, got {x.dtype}")
         if x.device != q.device:

@@ -96,7 +96,7 @@ def train(config, model, task, run, saved):
     if saved:
         load_optimizer(optimizer, saved["optimizer"])
         step, length = saved["step"], saved["length"]
-    objective = ranks.objective(model, task.loss, find_unused=model.config.retriever != "learned")
+    objective = ranks.objective(model, task.loss, config)
     dtype = cli.pick_dtype(config.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     done, stopped = step >= config.steps, False
@@ -280,7 +280,7 @@ def main(argv=None):
     run = Run(args.out, ranks, config.steps, task, flops_per_token(model_config, n_matrix, config.seq_len))
     if ranks.rank == 0:
         lock = prepare_folder(args.out, args.resume)
-        print("fast:", fast.describe(model) or "nothing swapped, the plain files train", flush=True)
+        print("fast:", fast.describe(model, config) or "nothing swapped, the plain files train", flush=True)
     step = train(config, model, task, run, saved)
     if ranks.size > 1:
         dist.destroy_process_group()

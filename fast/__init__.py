@@ -6,9 +6,9 @@
     for tokens in generate(model, ..): ..   generates, at a constant cost per token (generate.py)
 
 Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.
+training.py makes the steps of small models CUDA graphs; tools/run.py asks for that, for train.py's loop.
 """
 import warnings
-from types import FunctionType, MethodType
 
 from fast import gca, loss, training, window
 from fast.generate import generate
@@ -23,7 +23,6 @@ TABLE = [
     (CrossAttention, "gca",                 gca.gca,                    gca.in_words),
     (SelfAttention,  "window_attention",    window.window_attention,    window.in_words),
     (DRT,            "cross_entropy",       loss.cross_entropy,         loss.in_words),
-    (DRT,            "hidden",              training.hidden,            training.in_words),
 ]
 
 
@@ -47,15 +46,16 @@ def swap(model):
     for kind, attribute, twin, in_words in TABLE:
         for module in model.modules():
             if isinstance(module, kind) and in_words(model):
-                is_method = isinstance(getattr(kind, attribute, None), FunctionType)
-                setattr(module, attribute, MethodType(twin, module) if is_method else twin)
+                setattr(module, attribute, twin)
 
 
-def describe(model):
-    """What of the table is active in the model, in words, or "": for the line that says what runs."""
-    active = []
+def describe(model, config=None):
+    """What of the table is active in the model, in words, or "": for the line that says what runs.
+
+    config: a TrainConfig, for a model that is to be trained: also whether its steps are CUDA graphs.
+    """
+    active = [training.in_words(model, config)] if config else []
     for kind, attribute, twin, in_words in TABLE:
-        pieces = [getattr(module, attribute) for module in model.modules() if isinstance(module, kind)]
-        if any(getattr(piece, "__func__", piece) is twin for piece in pieces):
+        if any(isinstance(module, kind) and getattr(module, attribute) is twin for module in model.modules()):
             active.append(in_words(model))
-    return ", ".join(active)
+    return ", ".join(filter(None, active))

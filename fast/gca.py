@@ -273,7 +273,7 @@ def retrieved_by(indices, Ck):
     pairs[b, offsets[b, c]:offsets[b, c + 1]] are the (query chunk * K + slot) that hold chunk c, in order.
     """
     B, n_pair = len(indices), indices[0].numel()
-    pairs, numbers = torch.empty(2, B, n_pair, dtype=torch.int32, device=indices.device)
+    pairs, numbers = (torch.empty(B, n_pair, dtype=torch.int32, device=indices.device) for _ in range(2))
     offsets = torch.empty(B, Ck + 1, dtype=torch.int32, device=indices.device)
     block, kind = min(4096, triton.next_power_of_2(n_pair)), (indices.device, indices.dtype)
     launch(retrieved_by_kernel, kind, (B * (Ck + 1),),
@@ -361,15 +361,17 @@ class Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        if torch.is_grad_enabled():                     # create_graph=True: the op says what it cannot do
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():        # the op says what it cannot do
             return gradients(ctx, do)
         return *backward(do, *ctx.saved_tensors, ctx.softmax_one, ctx.scale), None, None, None
 
 
-def op(q, *others):
+def op(q, k, v, weights, indices, softmax_one, scale):
     """The registered op where something traces or watches the call, the short way where nothing does."""
-    is_watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(q) is not torch.Tensor
-    return fast_forward(q, *others) if is_watched else Eager.apply(q, *others)
+    is_watched = (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+                  or torch._C._are_functorch_transforms_active())
+    is_plain = type(q) is torch.Tensor and type(softmax_one) is bool and not is_watched
+    return (Eager.apply if is_plain else fast_forward)(q, k, v, weights, indices, softmax_one, scale)
 
 
 plain.BACKENDS["fast"] = op

@@ -1,51 +1,75 @@
 """The training step of a small model as CUDA graphs: one launch forward, one backward, instead of hundreds.
 
-A step of the preset `gpu` is 420 kernels, most of them a few microseconds long, which Python launches more
+A step of the preset `gpu` is 500 kernels, most of them a few microseconds long, which Python launches more
 slowly than the GPU runs them. Batches keep their shape for hundreds of steps, so kernels are recorded once
 and replayed. While the GPU works, Python draws the next batch.
 """
+import gc
+import os
+
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
-from model import DRT
+from fast import loss
 
 MOST = 2            # shapes kept at a time: as contexts grow, the graphs of shorter ones are given up
-SMALL_WIDTH = 256   # of wider models, kernels take longer than their launches
+SMALL_WIDTH = 256   # of wider models, kernels take longer than their launches, as do losses in blocks
 
 
-def in_words(model):
-    return "steps as CUDA graphs" if model.training and model.config.n_embd <= SMALL_WIDTH else ""
+def in_words(model, config):
+    """What is done for the steps of a run with this TrainConfig; "" where it does not pay, or cannot be.
+
+    A graph writes gradients and cannot add to them, so one batch is one step. Checks of indices wait for the
+    GPU, which nothing may while it is recorded.
+    """
+    is_small = model.config.n_embd <= SMALL_WIDTH and not loss.in_words(model)
+    pays = config.fast and model.embedding.weight.is_cuda and is_small
+    can_be = not (config.micro_batch or dist.is_initialized() or os.environ.get("GCA_CHECK_INDICES") == "1")
+    return "steps as CUDA graphs" if pays and can_be else ""
 
 
-def hidden(model, tokens):
-    """DRT.hidden: replayed in training on a GPU, otherwise as it is."""
-    grads_are_empty = model.embedding.weight.grad is None       # the graph writes gradients, and adds nothing
-    if not (tokens.is_cuda and model.training and torch.is_grad_enabled() and grads_are_empty):
-        return DRT.hidden(model, tokens)
-    graphs, kind = vars(model).setdefault("graphs", {}), (tokens.shape, torch.is_autocast_enabled("cuda"))
-    if kind not in graphs:
-        if len(graphs) >= MOST:
-            graphs.clear()
-        graphs[kind] = record(model, tokens)
-    return graphs[kind](tokens)
+class GraphedObjective(nn.Module):
+    """objective(*batch) -> loss and numbers, for one backward pass each, which comes before the next call.
 
+    Only for train.py's loop: results and gradients lie where the next call writes its own, and what changes
+    about the model, other than its weights, is not seen.
+    """
 
-def record(model, tokens):
-    """A function of tokens of this shape, differentiable once: the model's hidden() as two graphs."""
-    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)     # it waits, as it should
-    with (torch.random.fork_rng([tokens.device]),                       # recording draws noise, too
-          torch.autocast("cuda", dtype, enabled, cache_enabled=False)):  # cached casts would not be repeated
-        return torch.cuda.make_graphed_callables(Hidden(model), (tokens.clone(),), allow_unused_input=True)
-
-
-class Hidden(nn.Module):
-    """DRT.hidden as a module, which make_graphed_callables wants."""
-
-    def __init__(self, model):
+    def __init__(self, objective):
         super().__init__()
-        self.model = model
+        self.objective, self.graphs = objective, {}
 
-    def forward(self, tokens):
-        return DRT.hidden(self.model, tokens)
+    def forward(self, *batch):
+        kind = tuple(x.shape for x in batch)
+        if kind not in self.graphs:
+            if len(self.graphs) >= MOST:
+                self.graphs.clear()
+                gc.collect()                            # a graph is part of a cycle, and holds its memory
+            self.graphs[kind] = self.record(batch)
+        return self.graphs[kind](*batch)
+
+    def record(self, batch):
+        """A function of batches of these shapes: the objective as two graphs."""
+        autocast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        about_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if about_streams:
+            about_streams(False)                # gradients wait for the stream of the recording, and may
+        with (torch.random.fork_rng([batch[0].device]),                 # recording draws noise, too
+              torch.autocast("cuda", enabled=False)):                   # backward is no part of autocast
+            recorded = Recorded(self.objective, autocast)
+            batch = tuple(x.clone() for x in batch)
+            return torch.cuda.make_graphed_callables(recorded, batch, allow_unused_input=True)
+
+
+class Recorded(nn.Module):
+    """The objective with its autocast inside, which does not cache: graphs must cast the weights anew."""
+
+    def __init__(self, objective, autocast):
+        super().__init__()
+        self.objective, self.autocast = objective, autocast
+
+    def forward(self, *batch):
+        with torch.autocast("cuda", *self.autocast, cache_enabled=False):
+            loss, numbers = self.objective(*batch)
+        return loss, tuple(x.detach() for x in numbers)

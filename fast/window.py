@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from model import alibi_slopes, band_bias
+from model import band_bias
 
 BLOCK = 128                         # of flex_attention's block mask
 WIDE = 128                          # of narrower windows, blocks are as fast, and nothing is compiled
@@ -29,7 +29,9 @@ def window_attention(q, k, v, window, slopes):
 
 
 def in_words(model):
-    return "flex attention" if model.config.window >= WIDE else "window in blocks"
+    config = model.config
+    is_flex = config.window >= WIDE and config.n_embd // config.n_head >= 16
+    return "flex attention" if is_flex else "window in blocks"
 
 
 def dense_attention(q, k, v, window, slopes):
@@ -45,7 +47,7 @@ def blockwise_attention(q, k, v, window, slopes):
     n_key = past + n_first
     n_block = -(-(n - n_first) // window)
     padding = n_block * window - (n - n_first)
-    bias = block_bias(window, H, q.dtype, q.device)                             # (H, W, 2W)
+    bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
 
     def key_blocks(x):                       # (B, Hkv, m, D) -> (B * n_block, Hkv, 2W, D)
         x = F.pad(x[:, :, n_key - window:], (0, 0, 0, padding)).unflatten(2, (n_block + 1, window))
@@ -59,11 +61,6 @@ def blockwise_attention(q, k, v, window, slopes):
         return out
     q, k, v, bias = q[:, :, :n_first], k[:, :, :n_key], v[:, :, :n_key], bias[:, -n_first:, -n_key:]
     return torch.cat([F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True), out], dim=2)
-
-
-@lru_cache
-def block_bias(window, n_head, dtype, device):
-    return band_bias(window, 2 * window, window, alibi_slopes(n_head).to(device)).to(dtype)
 
 
 # ---------------------------------------------------------------- flex_attention

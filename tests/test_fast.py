@@ -17,6 +17,7 @@ from fast.window import (
 from helpers import DEVICE, log_of, tiny
 from model import DRT, DRTConfig, alibi_slopes, band_bias
 from test_model import attention_by_hand
+from tools.run import Objective
 
 # ---------------------------------------------------------------- fast/window.py
 
@@ -123,20 +124,25 @@ def test_apply_swaps_what_its_table_says():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
-def test_steps_as_cuda_graphs_have_the_gradients_of_plain_steps():
-    """Several shapes, several batches added up, noise: and a graph is not used where it would overwrite."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype):
+    """Shapes that come again after others, and noise."""
     model = tiny(gumbel=True).to(DEVICE).train()
+    plain_step = Objective(model, lambda model, *batch: (model.loss(*batch), [batch[0].float().mean()]))
+    graphed_step = fast.training.GraphedObjective(plain_step)
     for shape in ((2, 40), (3, 30), (2, 40), (1, 20), (3, 30)):
-        batches = torch.randint(model.config.vocab_size, (2, *shape), device=DEVICE)
-        gradients = []
-        for hidden in (plain.DRT.hidden, fast.training.hidden):
+        batch, results = torch.randint(model.config.vocab_size, (2, *shape), device=DEVICE), []
+        for step in (plain_step, graphed_step):
             torch.manual_seed(1)
             model.zero_grad()
-            for tokens in batches:
-                hidden(model, tokens).square().mean().backward()
-            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        for x, y in zip(*gradients, strict=True):
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                loss, (number,) = step(*batch)
+            loss.backward()
+            results.append([loss, number] + [p.grad for p in model.parameters() if p.grad is not None])
+            results[-1] = [x.detach().clone() for x in results[-1]]
+        for x, y in zip(*results, strict=True):
             assert (x - y).norm() <= 1e-5 * y.norm() + 1e-7
+    assert len(graphed_step.graphs) <= fast.training.MOST
 
 
 @pytest.mark.parametrize("task", ["needles", "text"])

@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from fast import training
 from fast.files import atomic_file
 from gca import require
 from tools import cli
@@ -103,10 +104,13 @@ class Ranks:
             tensors = [x.pin_memory() for x in tensors]         # from there, the copy waits for nothing
         return [x.to(self.device, non_blocking=True) for x in tensors]
 
-    def objective(self, model, loss, find_unused):
+    def objective(self, model, loss, config):
         """A module that computes loss(model, *batch), and averages gradients over all processes."""
         objective = Objective(model, loss)
+        if training.in_words(model, config):
+            return training.GraphedObjective(objective)
         if self.size > 1:
+            find_unused = model.config.retriever != "learned"
             objective = DistributedDataParallel(objective, find_unused_parameters=find_unused)
         return objective
 
