@@ -95,7 +95,9 @@ def run_ppl(args, device):
     reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     rows = measure(task, {names[path]: models[path] for path in models}, reader, args.lengths, args.places,
                    args.seed, split=args.split)
-    return {names[path]: settings[path] for path in models}, rows
+    split = args.split or ("test" if corpus.test is not None else "val")
+    measured = dict(split=split, documents=(corpus.names or {}).get(split))
+    return {names[path]: settings[path] | measured for path in models}, rows
 
 
 def run_summarize(args, device):

@@ -193,6 +193,11 @@ class ChunkEncoder(nn.Module):
         self.key = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
 
+    def begin_as_identity(self):             # not in the paper; it then learns from language alone, too
+        for layer in self.layers:
+            nn.init.zeros_(layer.attention.out.weight)
+            nn.init.zeros_(layer.mlp.down.weight)
+
     def forward(self, x):
         """x (B, C, S, d) -> landmarks (B, C, d), k and v (B, C, S - 1, Hkv, D).
 

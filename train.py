@@ -54,6 +54,7 @@ class TrainConfig:
     final_lr: float = 0.1           # where the cosine ends, as a share of the peak
     warmup: int = 50                # steps of linear warm-up
     weight_decay: float = 0.001     # on matrices only
+    encoder_identity: bool = False  # the chunk encoder begins as the identity, and learns what to add
     seed: int = 0                   # of the initial weights and of the data
     fast: bool = True               # swap pieces for faster ones (fast/); false: the plain files alone
     compile: bool = False           # torch.compile each layer: most of a minute to start, then faster
@@ -65,7 +66,7 @@ class TrainConfig:
 # Settings of known runs; docs/ has their numbers. A flag overrides the preset, the preset the default.
 LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8, seq_len=16380,
           start_len=0, batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True,
-          validate_every=250, gca_residual=False)           # 16,380 tokens are 260 chunks of 63
+          validate_every=250, gca_residual=False, encoder_identity=True)    # 16,380: 260 chunks of 63
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
@@ -272,6 +273,8 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     model = DRT(model_config).to(device).train()
+    if config.encoder_identity and model_config.n_group:
+        model.encoder.begin_as_identity()
     if saved or first:
         model.load_state_dict((saved or first)["model"])
     if config.fast:

@@ -65,6 +65,7 @@ class Corpus(NamedTuple):
     tokenizer: str = "bytes"
     test: np.ndarray = None     # of yet others, where there are some
     references: dict = None     # every second document is a summary: {split: hash of SPLIT.jsonl}
+    names: dict = None          # {split: names of its documents}, where they have names
 
 
 def load_corpus(name):
@@ -88,8 +89,8 @@ def load_corpus(name):
         require(n_token and path.is_file() and path.stat().st_size == 2 * n_token,
                 f"{path} must hold the {n_token} tokens that meta.json says: prepare it again")
         splits[split] = np.memmap(path, np.uint16, mode="r")
-    references = meta.get("references")
-    return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, references=references, **splits)
+    others = dict(references=meta.get("references"), names=meta.get("names"))
+    return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, **others, **splits)
 
 
 def stdlib_corpus():

@@ -68,6 +68,18 @@ def data_of(page):
     return json.loads(re.search(r'application/json">(.*?)</script>', page.read_text(), re.S)[1])
 
 
+def test_landmarks_in_numbers(capsys):
+    """By hand: two directions at right angles (of 6 pairs, 2 are alike), weights all on one and in halves."""
+    trace = object.__new__(Trace)
+    trace.n_text, trace.n_chunk, trace.landmarks = 10, 4, torch.eye(2)[[0, 0, 1]]
+    trace.indices = torch.tensor([[[-1, -1], [0, -1], [0, 1], [1, 0]]])
+    trace.weights = torch.tensor([[[0, 0], [1, 0], [1, 0], [0.5, 0.5]]])
+    trace.show_landmarks(window=20)
+    line = capsys.readouterr().out
+    assert "mean cosine 0.333;" in line and "of 2 chunks spread over 1.5;" in line
+    assert "25% of them lie beyond" in line and "has 50% of the retrievals" in line
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--prompt", "expected one argument"), ("--prompt x --chunk 1", "--chunk must be in 0 .. 0, got 1"),
     ("--prompt x --chunk -1", "--chunk must be in 0 .. 0, got -1"), ("", "required"),

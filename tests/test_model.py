@@ -91,6 +91,20 @@ def test_other_retrievers_choose_without_scores():
             assert 80 < age.double().mean() < 120                                  # of 1 .. 100 to 300
 
 
+def test_an_encoder_that_begins_as_the_identity():
+    """It adds nothing to what it normalizes, and its layers have a gradient."""
+    model = tiny(n_encoder=2)
+    model.encoder.begin_as_identity()
+    encoder, x = model.encoder, torch.randn(2, 3, 16, 64, device=DEVICE)
+    landmarks, k, v = encoder(x)
+    wanted = encoder.norm_out(encoder.norm_in(x))
+    torch.testing.assert_close(landmarks, wanted[:, :, -1])
+    torch.testing.assert_close(k.flatten(3), encoder.key(wanted[:, :, :-1]))
+    (landmarks.sum() + k.square().sum() + v.square().sum()).backward()
+    for layer in encoder.layers:
+        assert min(p.grad.norm() for p in (layer.attention.out.weight, layer.mlp.down.weight)) > 0
+
+
 @pytest.mark.parametrize("n_group", [1, 2])
 def test_what_a_landmark_retrieves_serves_the_next_chunk(n_group):
     """Chunk u attends to what landmark u-1 retrieved among chunks 0..u-2; chunks 0 and 1 to nothing."""

@@ -133,6 +133,8 @@ def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
     text = next(iter(splits["test"].values()))
     assert text.startswith("# p") and "\n\tvalue_7 = " in text
     assert packages.documents() == (splits, copies)
+    prepare.main(["packages", "--out", str(tmp_path / "code"), "--tokenizer", "bytes"])
+    assert load_corpus(tmp_path / "code").names == {split: list(texts) for split, texts in splits.items()}
     assert sum(map(len, packages.documents(most=4_000_000)[0]["train"].values())) < 4_100_000
     monkeypatch.setattr(packages, "installed_packages", lambda: {k: found[k] for k in ("big0", "p1", "tiny")})
     error = refused(capsys, prepare.main, "packages", "--out", tmp_path / "out", "--tokenizer", "bytes")

@@ -55,6 +55,7 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
         print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
     trace.show(chunk)
+    trace.show_landmarks(model.config.window)
     trace.show_names(model.config.window)
     if html:
         trace.page(html, title, chunk)
@@ -83,10 +84,11 @@ class Trace:
         """tokens (T,) on the model's device, that pass check_size(); decode: token ids -> bytes."""
         self.n_text, self.tokens, self.decode = model.config.chunk_size - 1, tokens.tolist(), decode
         self.n_chunk = -(-len(tokens) // self.n_text)
-        found = []                              # of each group
+        found, landmarks = [], []               # of each group
 
         def watch(*given):
             found.append(retrieved(model, *given))
+            landmarks.append(given[-1])
             return found[-1][:2]
 
         def withhold(*given):
@@ -95,6 +97,7 @@ class Trace:
 
         with_retrieval, without = losses(model, tokens, watch), losses(model, tokens, withhold)
         self.weights, self.indices, self.scores = (torch.cat(x).cpu() for x in zip(*found, strict=True))
+        self.landmarks = landmarks[0][0].float().cpu()                          # (complete chunks, d)
         self.gain = F.pad(without - with_retrieval, (1, 0)).cpu()
 
     def text(self, chunk):
@@ -124,6 +127,24 @@ class Trace:
                 print("  nothing: there is no chunk before the one that searched")
         gain = self.gain[start:start + self.n_text].sum()
         print(f"{gain:+.2f} nats gained on this chunk, over reading all of the text without retrieval")
+
+    def show_landmarks(self, window):
+        """Print how alike landmarks are, over how many chunks weights spread, and where these chunks are."""
+        n, K = len(self.landmarks), self.indices.shape[2]
+        full = (self.indices >= 0).all(2)                                       # (G, C) with K chunks each
+        if n < 2 or not full.any():
+            return
+        unit = F.normalize(self.landmarks, dim=1)
+        cosine = (unit.sum(0).square().sum() - n) / (n * (n - 1))               # mean over all pairs
+        weights, indices = self.weights[full], self.indices[full]               # (chunks, K)
+        spread = (-(weights * weights.clamp(min=1e-9).log()).sum(1)).exp().mean()
+        distance = (torch.arange(self.n_chunk).expand(len(full), -1)[full][:, None] - indices) * self.n_text
+        far = (distance > window).float().mean()
+        counts = indices.flatten().bincount(minlength=n).sort(descending=True).values
+        popular = counts[:max(1, n // 10)].sum() / counts.sum()
+        print(f"landmarks: mean cosine {cosine:.3f}; the weights of {K} chunks spread over {spread:.1f}; "
+              f"{100 * far:.0f}% of them lie beyond the window; the most popular tenth of all chunks has "
+              f"{100 * popular:.0f}% of the retrievals")
 
     def show_names(self, window):
         """Print how many chunks from beyond the window share a rare name with the chunk they served."""

@@ -67,17 +67,17 @@ def tokenize(document, tokenizer, errors):
     return np.append(tokenizer.encode(text), tokenizer.separator).astype(np.uint16), len(data)
 
 
-def prepare(splits, out, tokenizer, errors="strict", references=None):
+def prepare(splits, out, tokenizer, errors="strict", references=None, names=None):
     """Write out/train.bin, val.bin (and test.bin), uint16, and meta.json. A split that is there is kept.
 
     splits      {name: (documents, how many (None: unknown), what identifies them)}
     references  {split: hash of SPLIT.jsonl}: every second document is the summary of the one before it
+    names       {split: of its documents}
     """
     kind = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
-    if references:
-        meta["references"] = references
+    meta |= {name: value for name, value in dict(references=references, names=names).items() if value}
     for split, (documents, number, identity) in splits.items():
         source = digest(json.dumps([tokenizer, errors, identity]).encode())
         done = split_that_is_there(out, split, source)
@@ -173,7 +173,7 @@ def prepare_packages(out, tokenizer, most):
         print(f"{split}: {sizes} million characters; {copies[split]} files left out as copies")
         identity = [(name, digest(text.encode())) for name, text in texts.items()]
         work[split] = texts.values(), len(texts), identity
-    prepare(work, out, tokenizer)
+    prepare(work, out, tokenizer, names={split: list(texts) for split, texts in splits.items()})
 
 
 def prepare_pairs(splits, out, tokenizer):
