@@ -193,7 +193,7 @@ class ChunkEncoder(nn.Module):
         self.key = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
 
-    def begin_as_identity(self):             # not in the paper; it then learns from language alone, too
+    def begin_as_identity(self):             # not in the paper: at first, no layer adds anything
         for layer in self.layers:
             nn.init.zeros_(layer.attention.out.weight)
             nn.init.zeros_(layer.mlp.down.weight)
@@ -333,7 +333,7 @@ class DRT(nn.Module):
     def generate(self, tokens, n_new, temperature=1.0):
         """Yield n_new tokens (B,) after tokens (B, T). Reads all again for each; fast.generate reads on.
 
-        After a question that does not end a chunk, use fast.generate, which pads prompts so that it does.
+        After a question, use fast.generate: it pads prompts so that their last token opens a chunk.
         """
         for _ in range(n_new):
             logits = self(tokens)[0][:, -1].float()

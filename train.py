@@ -2,7 +2,7 @@
 
     python train.py                                            needles, in minutes
     python train.py --seed 1 --n_layer 4 --n_group 2 --out out/deep
-    python train.py --init_from lm/ckpt.pt                     needles, with the weights of another run
+    python train.py --init_from lm/ckpt.pt --data data/code    needles, with a language model's weights
     torchrun --nproc_per_node 8 train.py --preset pg19         the paper's pre-training, on several GPUs
 
 train() below is the loop. Contexts start short. For needles they double whenever the answers are right:
@@ -66,7 +66,7 @@ class TrainConfig:
 # Settings of known runs; docs/ has their numbers. A flag overrides the preset, the preset the default.
 LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8, seq_len=16380,
           start_len=0, batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True,
-          validate_every=250, gca_residual=False, encoder_identity=True)    # 16,380: 260 chunks of 63
+          validate_every=250, gca_residual=False)           # 16,380 tokens are 260 chunks of 63
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
@@ -80,7 +80,8 @@ PRESETS = {
     "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
                        gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=64,
                        batch_tokens=64512, steps=3000, warmup=100, validate_every=100),
-    "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
+    "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000,
+                      encoder_identity=True),
 }
 
 

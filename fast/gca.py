@@ -1,7 +1,7 @@
 """FlashGCA once more, faster, same results. Importing it adds a backend to gca(): "fast".
 
-    even work       Many chunks may retrieve the same one. Its list is then cut into pieces, and the longest
-                    lists start first, so that no program is left over at the end.
+    even work       Many chunks may retrieve the same one. The list of those who did is then cut into pieces,
+                    and the longest lists start first, so that no program is left over at the end.
     shared slots    Where there are few query chunks, as in generation, several programs share one's slots.
     gaps            Heads that are slices of a larger tensor are read where they are.
     hopper.py       On H100s and H200s, the three large kernels once more, one level below Triton.
@@ -361,7 +361,7 @@ class Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():        # the op says what it cannot do
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():    # create_graph=True: the op raises
             return gradients(ctx, do)
         return *backward(do, *ctx.saved_tensors, ctx.softmax_one, ctx.scale), None, None, None
 

@@ -1,10 +1,10 @@
 """Launching a Triton kernel for less: what calls with the same sizes share is worked out once.
 
-    descriptor(x, rows)                         as gca.py's, for tensors whose heads may lie in larger ones
+    descriptor(x, rows)                         gca.py's, also for heads that are slices of a larger tensor
     launch(kernel, kind, grid, *args, ..)       kernel[grid](*args, ..)
 
 Triton looks at every argument of a launch to find the kernel that was compiled for it. That takes longer than
-a small kernel takes the GPU. docs/kernels.md has the figures.
+a small kernel takes the GPU (docs/kernels.md, "What Python costs").
 """
 from functools import lru_cache
 
@@ -15,21 +15,24 @@ from gca import triton
 if triton:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-COMPILED = {}           # kernels that ran, by what Triton would have looked at
-MOST = 10_000           # entries, as a growing text has ever new sizes
+COMPILED = {}           # kernels that ran, by what Triton would have looked at: (kernel, compiled)
+MAX_ENTRIES = 10_000    # as a growing text has ever new sizes
 
 
 def launch(kernel, kind, grid, *args, **constants):
-    """kernel[grid](*args, **constants). kind: device and dtypes of the tensors, which are all aligned()."""
+    """kernel[grid](*args, **constants); in the kernel's signature constants come last.
+
+    kind: device and dtypes of the tensors. All of them are aligned(), or in descriptors.
+    """
     key = (id(kernel), kind, *[x for x in args if type(x) is int], *constants.values())
     _, compiled = COMPILED.get(key, (None, None))
     if compiled:
-        constants = [constants[name] for name in kernel.arg_names[len(args):]]
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        in_order = [constants[name] for name in kernel.arg_names[len(args):]]      # without num_warps, ..
+        compiled[(*grid, 1, 1)[:3]](*args, *in_order)
         return
-    if len(COMPILED) >= MOST:
+    if len(COMPILED) >= MAX_ENTRIES:
         COMPILED.clear()
-    COMPILED[key] = kernel, kernel[grid](*args, **constants)            # None in Triton's interpreter
+    COMPILED[key] = kernel, kernel[grid](*args, **constants)    # None in the interpreter; kept, so is its id
 
 
 def aligned(x):
@@ -61,7 +64,7 @@ def descriptor(x, rows, layout=None):
     return new
 
 
-@lru_cache(MOST)
+@lru_cache(MAX_ENTRIES)
 def checked_descriptor(shape, stride, dtype, rows, layout):
     B, C, S, H, D = shape
     chunk = stride[1] if C > 1 else stride[0] if B > 1 else 16          # axes of one element have any stride

@@ -13,8 +13,8 @@ import torch.nn as nn
 
 from fast import loss
 
-MOST = 2            # shapes kept at a time: as contexts grow, the graphs of shorter ones are given up
-SMALL_WIDTH = 256   # of wider models, kernels take longer than their launches, as do losses in blocks
+MOST = 2            # shapes kept at a time: --lm_share has two; as contexts grow, shorter ones are given up
+SMALL_WIDTH = 256   # in wider models, kernels take longer than their launches, and so do losses in blocks
 
 
 def in_words(model, config):
@@ -52,9 +52,9 @@ class GraphedObjective(nn.Module):
     def record(self, batch):
         """A function of batches of these shapes: the objective as two graphs."""
         autocast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        about_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
-        if about_streams:
-            about_streams(False)                # gradients wait for the stream of the recording, and may
+        warn_of_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if warn_of_streams:
+            warn_of_streams(False)              # gradients wait for the stream of the recording, and may
         with (torch.random.fork_rng([batch[0].device]),                 # recording draws noise, too
               torch.autocast("cuda", enabled=False)):                   # backward is no part of autocast
             recorded = Recorded(self.objective, autocast)
@@ -71,5 +71,5 @@ class Recorded(nn.Module):
 
     def forward(self, *batch):
         with torch.autocast("cuda", *self.autocast, cache_enabled=False):
-            loss, numbers = self.objective(*batch)
-        return loss, tuple(x.detach() for x in numbers)
+            value, numbers = self.objective(*batch)
+        return value, tuple(x.detach() for x in numbers)

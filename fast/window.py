@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from model import band_bias
 
 BLOCK = 128                         # of flex_attention's block mask
-WIDE = 128                          # of narrower windows, blocks are as fast, and nothing is compiled
+WIDE = 128                          # narrower: blocks, a little slower, but nothing is compiled
 
 
 def window_attention(q, k, v, window, slopes):

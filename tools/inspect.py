@@ -84,11 +84,11 @@ class Trace:
         """tokens (T,) on the model's device, that pass check_size(); decode: token ids -> bytes."""
         self.n_text, self.tokens, self.decode = model.config.chunk_size - 1, tokens.tolist(), decode
         self.n_chunk = -(-len(tokens) // self.n_text)
-        found, landmarks = [], []               # of each group
+        found = []                              # of each group
 
-        def watch(*given):
-            found.append(retrieved(model, *given))
-            landmarks.append(given[-1])
+        def watch(group, x, landmarks):
+            found.append(retrieved(model, group, x, landmarks))
+            self.landmarks = landmarks[0].float().cpu()                         # (complete chunks, d)
             return found[-1][:2]
 
         def withhold(*given):
@@ -97,7 +97,6 @@ class Trace:
 
         with_retrieval, without = losses(model, tokens, watch), losses(model, tokens, withhold)
         self.weights, self.indices, self.scores = (torch.cat(x).cpu() for x in zip(*found, strict=True))
-        self.landmarks = landmarks[0][0].float().cpu()                          # (complete chunks, d)
         self.gain = F.pad(without - with_retrieval, (1, 0)).cpu()
 
     def text(self, chunk):
@@ -142,7 +141,7 @@ class Trace:
         far = (distance > window).float().mean()
         counts = indices.flatten().bincount(minlength=n).sort(descending=True).values
         popular = counts[:max(1, n // 10)].sum() / counts.sum()
-        print(f"landmarks: mean cosine {cosine:.3f}; the weights of {K} chunks spread over {spread:.1f}; "
+        print(f"landmarks: mean cosine {cosine:.3f}; {K} chunks weigh as {spread:.1f} equal ones would; "
               f"{100 * far:.0f}% of them lie beyond the window; the most popular tenth of all chunks has "
               f"{100 * popular:.0f}% of the retrievals")
 
