@@ -385,7 +385,7 @@ def check_arguments(tensors, scale, backend):
     q, indices, sizes = tensors["q"], tensors["indices"], {}
     for name, x in tensors.items():
         axes, wanted = AXES[name].split(), DTYPES.get(name, [q.dtype])
-        if x.dim() != len(axes):                # no require() here: the words alone would take 0.1 ms a call
+        if x.dim() != len(axes):                # no require(): it would put its words together each time
             raise ValueError(f"{name} must be ({AXES[name]}), got shape {[*x.shape]}")
         for axis, size in zip(axes, x.shape, strict=True):
             if sizes.setdefault(axis, size) != size:

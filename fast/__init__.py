@@ -3,10 +3,13 @@
     model = apply(model)                    swaps pieces of a model that exists, by the table below
     memory = Memory(model)                  what reading leaves behind (memory.py)
     logits = read(model, tokens, memory)    reads on, instead of reading everything again (stream.py)
-    for tokens in generate(model, ..): ..   generates, at a constant cost per token (generate.py)
+    for tokens in generate(model, ..): ..   generates, at a nearly constant cost per token (generate.py)
+
+    gca.py, hopper.py, launch.py    the kernels          window.py, loss.py    the table's other twins
+    training.py                     steps as CUDA graphs, which tools/run.py asks for in train.py's loop
+    bench.py, speed.py              what is timed        files.py              whole files, or none
 
 Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.
-training.py makes the steps of small models CUDA graphs; tools/run.py asks for that, for train.py's loop.
 """
 import warnings
 

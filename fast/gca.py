@@ -329,7 +329,8 @@ def backward_of_heads(do, q, k, v, dq, dk, dv, w, numbers, lists, softmax_one, s
                SEGMENT=SEGMENT, **options)
         dw = dw_shares.sum((3, 4))
     if n_piece:
-        sums = [descriptor(x, keys) for x in (dk, dv, *pieces)]
+        if on_hopper:                                                   # add_pieces_kernel is Triton's
+            sums = [descriptor(x, keys) for x in (dk, dv, *pieces)]
         launch(add_pieces_kernel, kind, (B * n_piece * Hkv,),
                *sums, *lists[1:], n_piece, Ck, Hkv, D=D, KEYS=keys, SEGMENT=SEGMENT)
     return dw
