@@ -51,12 +51,13 @@ class GraphedObjective(nn.Module):
 
     def record(self, batch):
         """A function of batches of these shapes: the objective as two graphs."""
-        autocast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        device = batch[0].device
+        autocast = device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         warn_of_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
         if warn_of_streams:
             warn_of_streams(False)              # gradients wait for the stream of the recording, and may
-        with (torch.random.fork_rng([batch[0].device]),                 # recording draws noise, too
-              torch.autocast("cuda", enabled=False)):                   # backward is no part of autocast
+        with (torch.random.fork_rng([device]),                          # recording draws noise, too
+              torch.autocast(device.type, enabled=False)):              # backward is no part of autocast
             recorded = Recorded(self.objective, autocast)
             batch = tuple(x.clone() for x in batch)
             return torch.cuda.make_graphed_callables(recorded, batch, allow_unused_input=True)
@@ -70,6 +71,6 @@ class Recorded(nn.Module):
         self.objective, self.autocast = objective, autocast
 
     def forward(self, *batch):
-        with torch.autocast("cuda", *self.autocast, cache_enabled=False):
+        with torch.autocast(*self.autocast, cache_enabled=False):
             value, numbers = self.objective(*batch)
         return value, tuple(x.detach() for x in numbers)
