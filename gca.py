@@ -369,9 +369,9 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
     return BACKENDS[backend](q, k, v, weights, indices, softmax_one, scale).to(dtype)
 
 
-def require(condition, message):
+def require(condition, message, *values):    # values: for the message's {}, put together only if it is needed
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message.format(*values) if values else message)
 
 
 @lru_cache
@@ -384,19 +384,14 @@ def check_arguments(tensors, scale, backend):
     require(0 < scale < float("inf"), f"scale must be positive, got {scale}")
     q, indices, sizes = tensors["q"], tensors["indices"], {}
     for name, x in tensors.items():
-        axes, wanted = AXES[name].split(), DTYPES.get(name, [q.dtype])
-        if x.dim() != len(axes):                # no require(): it would put its words together each time
-            raise ValueError(f"{name} must be ({AXES[name]}), got shape {[*x.shape]}")
-        for axis, size in zip(axes, x.shape, strict=True):
-            if sizes.setdefault(axis, size) != size:
-                size = sizes[axis]
-                raise ValueError(f"{name} must have {axis} {size}, as the others, got shape {[*x.shape]}")
-            if size == 0 and axis in ("Sk", "K"):
-                raise ValueError(f"{name} must have {axis} of at least 1, got 0")
-        if x.dtype not in wanted:
-            raise ValueError(f"{name} must have dtype {wanted[0]}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        axes, shape, wanted = AXES[name].split(), [*x.shape], DTYPES.get(name, [q.dtype])
+        require(x.dim() == len(axes), "{} must be ({}), got shape {}", name, AXES[name], shape)
+        for axis, size in zip(axes, shape, strict=True):
+            n = sizes.setdefault(axis, size)
+            require(n == size, "{} must have {} {}, as the others, got shape {}", name, axis, n, shape)
+            require(size or axis not in ("Sk", "K"), "{} must have {} of at least 1, got 0", name, axis)
+        require(x.dtype in wanted, "{} must have dtype {}, got {}", name, wanted[0], x.dtype)
+        require(x.device == q.device, "{} must be on q's device {}, got {}", name, q.device, x.device)
     Hq, Hkv, Ck = sizes["Hq"], sizes["Hkv"], sizes["Ck"]
     require(Hkv and Hq % Hkv == 0, f"k must have a number of heads that divides q's {Hq}, got {Hkv}")
     on_cpu = not q.is_cuda and not torch.compiler.is_compiling()
