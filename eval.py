@@ -96,7 +96,7 @@ def run_ppl(args, device):
     rows = measure(task, {names[path]: models[path] for path in models}, reader, args.lengths, args.places,
                    args.seed, split=args.split)
     split = args.split or ("test" if corpus.test is not None else "val")
-    measured = dict(split=split, documents=(corpus.names or {}).get(split))
+    measured = dict(data=str(corpus.name), split=split, documents=(corpus.names or {}).get(split))
     return {names[path]: settings[path] | measured for path in models}, rows
 
 

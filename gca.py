@@ -345,8 +345,8 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     check_arguments(dict(q=q, k=k, v=v, weights=weights, indices=indices), scale, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "auto":
         backend = "triton" if q.is_cuda and kernel_fits(q, k) else "reference"
         if q.is_cuda and backend == "reference":
@@ -381,7 +381,7 @@ def warn_once(message):
 
 def check_arguments(tensors, scale, backend):
     require(backend in ("auto", *BACKENDS), f"backend must be auto or one of {[*BACKENDS]}, got {backend!r}")
-    require(0 < scale < float("inf"), f"scale must be positive, got {scale}")
+    require(scale is None or 0 < scale < float("inf"), f"scale must be positive, got {scale}")
     q, indices, sizes = tensors["q"], tensors["indices"], {}
     for name, x in tensors.items():
         axes, shape, wanted = AXES[name].split(), [*x.shape], DTYPES.get(name, [q.dtype])
@@ -389,7 +389,7 @@ def check_arguments(tensors, scale, backend):
         for axis, size in zip(axes, shape, strict=True):
             n = sizes.setdefault(axis, size)
             require(n == size, "{} must have {} {}, as the others, got shape {}", name, axis, n, shape)
-            require(size or axis not in ("Sk", "K"), "{} must have {} of at least 1, got 0", name, axis)
+            require(size or axis not in ("Sk", "K", "D"), "{} must have {} of at least 1, got 0", name, axis)
         require(x.dtype in wanted, "{} must have dtype {}, got {}", name, wanted[0], x.dtype)
         require(x.device == q.device, "{} must be on q's device {}, got {}", name, q.device, x.device)
     Hq, Hkv, Ck = sizes["Hq"], sizes["Hkv"], sizes["Ck"]

@@ -200,6 +200,9 @@ def settings(args, device, saved, first=None):
     if not saved:
         preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
         model = {name: value for name, value in first["config"].items() if name in defaults} if first else {}
+        if first:
+            require(not given.get("encoder_identity"), "--encoder_identity must be left out with --init_from")
+            model["encoder_identity"] = False
         return defaults | PRESETS[preset] | model | given
     for name, value in given.items():
         before = saved["settings"].get(name, defaults[name])

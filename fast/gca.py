@@ -255,16 +255,16 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Te
     on_hopper = hopper and n_part == 1 and hopper.fits(q, options)
     tile, kind = hopper.descriptor if on_hopper else descriptor, (q.device, q.dtype, indices.dtype)
     dtype = q.dtype if n_part == 1 else torch.float32
-    out = torch.empty(n_part, *q.shape, dtype=dtype, device=q.device)
+    out = torch.empty(q.shape if n_part == 1 else (n_part, *q.shape), dtype=dtype, device=q.device)
     q, k, v = (without_large_gaps(x) for x in (q, k, v))
     inputs = (tile(q, rows), tile(k, keys), tile(v, keys), aligned(weights.float()), aligned(indices),
-              tile(out.flatten(0, 1), rows))
+              tile(out.view(n_part * B, *q.shape[1:]), rows))
     if on_hopper:
         hopper.forward(kind, *inputs, scale, n_slot, Cq, Ck, options)
     else:
         launch(forward_kernel, kind, (n_part * n_program,),
                *inputs, scale, n_slot, n_part, B, Cq, Ck, Sq, Sk, Hq, **options)
-    return out[0] if n_part == 1 else out.sum(0).to(q.dtype)
+    return out if n_part == 1 else out.sum(0).to(q.dtype)
 
 
 def retrieved_by(indices, Ck):

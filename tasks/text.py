@@ -81,6 +81,8 @@ def load_corpus(name):
         vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
         require(all(type(n) is int for n in [vocab_size, *sizes.values()]), "numbers")
         require(tokenizer in NEWLINES, "an unknown tokenizer")
+        names = meta.get("names") or {}
+        require(all(type(name) is str for split in sizes for name in names.get(split, [])), "names")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/meta.json is damaged, or tools.prepare did not make it: "
                          "prepare the corpus again") from error
@@ -89,7 +91,7 @@ def load_corpus(name):
         require(n_token and path.is_file() and path.stat().st_size == 2 * n_token,
                 f"{path} must hold the {n_token} tokens that meta.json says: prepare it again")
         splits[split] = np.memmap(path, np.uint16, mode="r")
-    others = dict(references=meta.get("references"), names=meta.get("names"))
+    others = dict(references=meta.get("references"), names=names)
     return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, **others, **splits)
 
 

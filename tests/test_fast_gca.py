@@ -109,6 +109,8 @@ def test_registered_as_a_pytorch_op():
     torch.library.opcheck(fast_forward, (*leaves, indices, True, 0.25))
     detached = [x.detach() for x in (q, *leaves)]
     torch.library.opcheck(fast_backward, (*detached, indices, True, 0.25))
+    out = fast_kernel(*leaves, indices)
+    out += 1                                                                       # it is no view
     dq, = torch.autograd.grad(fast_kernel(*leaves, indices).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         dq.sum().backward()

@@ -35,9 +35,9 @@ def test_a_folder_of_text_becomes_a_corpus(tmp_path):
     found = [text_of(tokens) for tokens in (corpus.train, corpus.val)]
     assert sorted((found[0] + found[1]).split("\0")) == sorted(["", *texts.values()])
     assert sum(split["skipped"] for split in meta["splits"].values()) == 2 and len(found[1]) < len(found[0])
-    written = (out / "train.bin").stat().st_mtime_ns
+    written = [(out / name).stat().st_mtime_ns for name in ("train.bin", "val.bin")]
     prepare.main(line)                                                             # nothing to do
-    assert (out / "train.bin").stat().st_mtime_ns == written
+    assert [(out / name).stat().st_mtime_ns for name in ("train.bin", "val.bin")] == written
     assert json.loads((out / "meta.json").read_text()) == meta
     prepare.main([*line, "--errors", "replace"])
     assert json.loads((out / "meta.json").read_text())["splits"]["train"]["skipped"] == 1
@@ -135,6 +135,11 @@ def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
     assert packages.documents() == (splits, copies)
     prepare.main(["packages", "--out", str(tmp_path / "code"), "--tokenizer", "bytes"])
     assert load_corpus(tmp_path / "code").names == {split: list(texts) for split, texts in splits.items()}
+    meta = json.loads((tmp_path / "code/meta.json").read_text())
+    for damaged in (["p0"], "p0", dict(test=3), dict(test=[1])):
+        (tmp_path / "code/meta.json").write_text(json.dumps(meta | dict(names=damaged)))
+        with pytest.raises(ValueError, match="meta.json is damaged"):
+            load_corpus(tmp_path / "code")
     assert sum(map(len, packages.documents(most=4_000_000)[0]["train"].values())) < 4_100_000
     monkeypatch.setattr(packages, "installed_packages", lambda: {k: found[k] for k in ("big0", "p1", "tiny")})
     error = refused(capsys, prepare.main, "packages", "--out", tmp_path / "out", "--tokenizer", "bytes")

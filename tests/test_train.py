@@ -110,6 +110,7 @@ def test_a_run_begins_with_the_weights_of_another(text_run, tmp_path, no_table, 
         torch.testing.assert_close(after["model"][name], tensor, atol=1e-6, rtol=0)
     for flags, message in ((["--n_embd", 32], f"--init_from: {text_run}/ckpt.pt has --n_embd 16, got 32"),
                            (["--resume"], "--init_from must be left out with --resume"),
+                           (["--encoder_identity", "true"], "--encoder_identity must be left out"),
                            (["--window", 5], "has --window 16, got 5")):
         line = "--preset", "cpu", "--init_from", text_run / "ckpt.pt", *flags, "--out", tmp_path / "other"
         if flags == ["--resume"]:

@@ -78,13 +78,14 @@ def prepare(splits, out, tokenizer, errors="strict", references=None, names=None
     out.mkdir(parents=True, exist_ok=True)
     meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
     meta |= {name: value for name, value in dict(references=references, names=names).items() if value}
-    for split, (documents, number, identity) in splits.items():
-        source = digest(json.dumps([tokenizer, errors, identity]).encode())
-        done = split_that_is_there(out, split, source)
-        if not done:
-            done = write_split(out / f"{split}.bin", documents, number, tokenizer, errors)
+    sources = {split: digest(json.dumps([tokenizer, errors, identity]).encode())
+               for split, (_, _, identity) in splits.items()}
+    there = {split: split_that_is_there(out, split, source) for split, source in sources.items()}
+    meta["splits"] = {split: done | dict(source=sources[split]) for split, done in there.items() if done}
+    for split, (documents, number, _) in splits.items():
+        done = there[split] or write_split(out / f"{split}.bin", documents, number, tokenizer, errors)
         require(not (references and done["skipped"]), f"{split}: a document without its summary")
-        meta["splits"][split] = done | dict(source=source)
+        meta["splits"][split] = done | dict(source=sources[split])
         with atomic_file(out / "meta.json") as file:
             file.write((json.dumps(meta, indent=1) + "\n").encode())
         number = f"{done['documents'] // 2:,} pairs" if references else f"{done['documents']:,} documents"
