@@ -202,6 +202,29 @@ prepare.main(sys.argv[1:])
     assert not list(tmp_path.glob("out/train.bin"))
 
 
+@pytest.mark.parametrize("what, status, word", [("KeyboardInterrupt", 130, "interrupted"),
+                                                ("cli.Terminated", 143, "terminated")])
+def test_a_signal_that_meets_a_lock_ends_in_one_line(what, status, word):
+    """Python's locks then fail with an error of their own, in place of the signal's."""
+    source = f"""
+from tools import cli
+
+@cli.program
+def main(argv):
+    try:
+        try:
+            raise {what}
+        finally:
+            raise RuntimeError("cannot release un-acquired lock")
+    finally:
+        raise RuntimeError("cannot schedule new futures")
+
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr == f"error: {word}\n"
+
+
 # ---------------------------------------------------------------- groups of processes
 
 def test_every_process_of_a_group_says_its_own_reason(monkeypatch, capsys):

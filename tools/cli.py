@@ -65,10 +65,21 @@ def program(main):
             except ValueError as error:
                 end(2, f"{error}{origin(error)}")
             except RuntimeError as error:
+                if behind(error, KeyboardInterrupt):    # it came while a lock changed hands: that fails first
+                    end(130, "interrupted", os._exit)
+                if behind(error, Terminated):
+                    end(143, "terminated", os._exit)
                 if "can't allocate memory" not in str(error):
                     raise
                 end(2, f"out of memory: {LOWER}")
     return run
+
+
+def behind(error, kind):
+    """Whether an error was raised while one of this kind was on its way."""
+    while error and not isinstance(error, kind):
+        error = error.__context__
+    return error is not None
 
 
 def origin(error):
