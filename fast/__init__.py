@@ -7,6 +7,7 @@
 
     gca.py, hopper.py, launch.py    the kernels          window.py, loss.py    the table's other twins
     training.py                     steps as CUDA graphs, which tools/run.py asks for in train.py's loop
+    short.py                        short texts as CUDA graphs, which read() replays
     bench.py, speed.py              what is timed        files.py              whole files, or none
 
 Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.

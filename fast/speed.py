@@ -22,10 +22,11 @@ def synchronize(device):
 
 
 def warm_up(model, tokens):
-    """Compile what reading these tokens takes: whole segments, and the last one."""
+    """Compile what reading these tokens takes: whole segments, and the last one; record a short text."""
     size = segment_length(model, len(tokens))
     n = min(2, tokens.shape[1] // size) * size + tokens.shape[1] % size
-    read(model, tokens[:, :n], Memory(model, len(tokens)), "last")
+    for _ in range(2):
+        read(model, tokens[:, :n], Memory(model, len(tokens)), "last")
     synchronize(tokens.device)
 
 

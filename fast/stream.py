@@ -7,10 +7,12 @@ The data flow is that of DRT.hidden, with three differences. Self-attention cont
 memory. A piece of text may begin and end inside a chunk (Grid). And landmarks are scored a block at a time,
 so that only the memory's chunks grow with the text.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-from fast import gca, window
+from fast import gca, short, window
 from gca import require
 
 SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream that read() takes at once, and
@@ -41,16 +43,17 @@ def read(model, tokens, memory, at=None):
 def read_segments(model, tokens, memory, at):
     size = segment_length(model, len(tokens))
     segments = tokens.split(size, dim=1)
+    read_next = short.graph_for(read_segment, model, tokens, memory) or partial(read_segment, model)
     if isinstance(at, str):
         require(at == "last", f"at must be a mask, 'last' or None, got {at!r}")
         for segment in segments:
-            last = read_segment(model, segment, memory)[:, -1]
+            last = read_next(segment, memory)[:, -1]
         return model.head(last)
     if at is None:
-        return model.head(torch.cat([read_segment(model, segment, memory) for segment in segments], dim=1))
+        return model.head(torch.cat([read_next(segment, memory) for segment in segments], dim=1))
     hidden, rows = [], []
     for segment, mask in zip(segments, at.split(size, dim=1), strict=True):
-        hidden.append(read_segment(model, segment, memory)[mask])
+        hidden.append(read_next(segment, memory)[mask])
         rows.append(mask.nonzero()[:, 0])
     order = torch.cat(rows).argsort(stable=True)                        # segment by segment -> row by row
     return model.head(torch.cat(hidden)[order])
@@ -258,8 +261,11 @@ def first_largest(x, k):
     """Indices of the k largest along the last axis, in order; of equal numbers the first (a stable sort).
 
     Equal scores are rare. So it chooses one more than asked for, which shows whether the last one chosen has
-    equals. Only then it chooses again: those above that one, and of those equal to it the first.
+    equals. Only then it chooses again: those above that one, and of those equal to it the first. Of few
+    numbers all are sorted, and the host need not look.
     """
+    if x.shape[-1] <= short.FEW:
+        return x.sort(descending=True, stable=True).indices[..., :k]
     chosen = largest(x, k + 1).sort().values
     values, order = x.gather(-1, chosen).sort(descending=True, stable=True)
     chosen = chosen.gather(-1, order)

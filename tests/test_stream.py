@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fast
+import fast.short as short
 import fast.stream as stream
 from fast.generate import sample
 from fast.memory import ChunkCache, Memory, Page
@@ -100,6 +101,30 @@ def test_a_failed_read_leaves_the_memory_as_it_was(monkeypatch):
         assert memory.length == 70 and memory.chunks == 4
         logits = fast.read(model, tokens[:, 70:], memory)
         torch.testing.assert_close(logits, model(tokens)[0][:, 70:], **CLOSE)
+
+
+@pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2, n_kv_head=1), dict(n_group=0)])
+def test_short_texts_as_cuda_graphs_are_read_as_ever(config, graphs, monkeypatch):
+    """Other words, weights and layers than when it was recorded; and every memory is one to read on from."""
+    monkeypatch.setattr(short, "DEVICES", [DEVICE.type])
+    model, read = tiny(**config), []
+    for i in range(6):
+        with torch.no_grad():
+            if i == 3:
+                model.embedding.weight.mul_(1.05)
+            if i == 4:
+                model.layers[1] = tiny(1, **config).layers[1]
+        tokens, memory = random_tokens(2, 130), Memory(model, 2)
+        at = [None, "last", torch.rand(2, 130, device=DEVICE) < 0.3][i % 3]
+        expected = model(tokens)[0]
+        expected = expected if at is None else expected[:, -1] if i % 3 == 1 else expected[at]
+        torch.testing.assert_close(fast.read(model, tokens, memory, at), expected, **CLOSE)
+        read.append((tokens, memory))
+    assert [graph is None for graph in short.graphs[model].values()] == [False, False]
+    for tokens, memory in read[4:]:
+        other = random_tokens(2, 50)
+        expected = model(torch.cat([tokens, other], dim=1))[0][:, 130:]
+        torch.testing.assert_close(fast.read(model, other, memory), expected, **CLOSE)
 
 
 # ---------------------------------------------------------------- retrieval in blocks
