@@ -59,7 +59,7 @@ def blockwise_attention(q, k, v, window, slopes):
     out = out.unflatten(0, (B, n_block)).transpose(1, 2).flatten(2, 3)[:, :, :n - n_first]
     if not n_first:
         return out
-    bias = band_bias(n_first, n_key, window, slopes).to(q.dtype)    # a slice's address may be too odd for SDPA
+    bias = band_bias(n_first, n_key, window, slopes).to(q.dtype)  # no slice: its address may be too odd
     q, k, v = q[:, :, :n_first], k[:, :, :n_key], v[:, :, :n_key]
     return torch.cat([F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True), out], dim=2)
 

@@ -23,7 +23,7 @@ from tools.run import Objective
 
 
 @pytest.mark.parametrize("n, past, window, heads", [
-    (50, 0, 16, (4, 4)), (50, 16, 16, (4, 2)), (33, 5, 16, (6, 3)), (16, 16, 16, (2, 1)),
+    (50, 0, 16, (4, 4)), (50, 0, 5, (4, 2)), (50, 16, 16, (4, 2)), (33, 5, 16, (6, 3)), (16, 16, 16, (2, 1)),
     (300, 64, 64, (3, 1)), (1, 7, 16, (4, 4)), (400, 130, 130, (2, 2)), (530, 270, 270, (2, 2))])
 def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window, heads):
     q, (k, v) = torch.randn(2, heads[0], n, 16), torch.randn(2, 2, heads[1], n + past, 16)
@@ -140,7 +140,7 @@ def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype, 
             loss.backward()
             results.append([loss, number] + [p.grad for p in model.parameters() if p.grad is not None])
             results[-1] = [x.detach().clone() for x in results[-1]]
-            del loss                                        # no recording beside a backward pass that may come
+            del loss                                    # no recording beside a backward pass that may come
         for x, y in zip(*results, strict=True):
             assert (x - y).norm() <= 1e-5 * y.norm() + 1e-7
         with torch.no_grad():
