@@ -64,10 +64,11 @@ class GraphedText:
         device, (B, n) = tokens.device.type, tokens.shape
         self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
         rehearsal, self.memory = (Memory(model, B, capacity=n) for _ in range(2))
+        self.empty = list(self.memory.serving), self.memory.bias        # kept: the graph reads them first
         with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device),
                             cache_enabled=False):               # cached casts would not outlive the context
             read_segment(model, self.tokens, rehearsal)         # compile and choose algorithms
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):   # other threads go on
                 self.hidden = read_segment(model, self.tokens, self.memory)
                 self.windows = torch.stack([x for pair in self.memory.window for x in pair])
         n_position, window = n + self.memory.chunks, model.config.window

@@ -43,7 +43,8 @@ def read(model, tokens, memory, at=None):
 def read_segments(model, tokens, memory, at):
     size = segment_length(model, len(tokens))
     segments = tokens.split(size, dim=1)
-    read_next = short.graph_for(read_segment, model, tokens, memory) or partial(read_segment, model)
+    graph = short.graph_for(read_segment, model, tokens, memory) if len(segments) == 1 else None
+    read_next = graph or partial(read_segment, model)
     if isinstance(at, str):
         require(at == "last", f"at must be a mask, 'last' or None, got {at!r}")
         for segment in segments:

@@ -1,4 +1,5 @@
 """Reading without end, memory and generation (fast/): in pieces, forked, saved and loaded, as DRT.forward."""
+import gc
 import math
 
 import numpy as np
@@ -125,6 +126,10 @@ def test_short_texts_as_cuda_graphs_are_read_as_ever(config, graphs, monkeypatch
         other = random_tokens(2, 50)
         expected = model(torch.cat([tokens, other], dim=1))[0][:, 130:]
         torch.testing.assert_close(fast.read(model, other, memory), expected, **CLOSE)
+    known = len(short.graphs)
+    del model, memory, read
+    gc.collect()
+    assert len(short.graphs) == known - 1                   # graphs do not outlive their model
 
 
 # ---------------------------------------------------------------- retrieval in blocks
