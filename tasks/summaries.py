@@ -11,6 +11,7 @@ A corpus of pairs is made by `python -m tools.prepare docstrings`, `summaries`, 
 """
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,9 +157,9 @@ class Summaries:
         """A row for each kind of document: loss of the true summaries, and ROUGE of generated ones (greedy).
 
         n: documents of each kind. The loss is taken in contexts of seq_len, where long documents are cut;
-        ROUGE reads them whole. split: "val" or "test", default: test where there is one. lead: the first line
-        of the document in the place of a summary. ROUGE needs the package rouge-score; without it there is
-        the loss alone. The first documents of a kind are kept in self.examples.
+        ROUGE reads them whole. split: "val" or "test", default: test where there is one. lead: the first
+        sentence of the document in the place of a summary. ROUGE needs the package rouge-score; without it
+        there is the loss alone. The first documents of a kind are kept in self.examples.
         """
         n = n or (400 if model.embedding.weight.is_cuda else 20)
         split = split or ("val" if self.corpus.test is None else "test")
@@ -177,7 +178,7 @@ class Summaries:
             yield row
 
     def rouge(self, model, read, pairs, numbers, references, kind):
-        """ROUGE of what the model writes for these documents, and of their first lines."""
+        """ROUGE of what the model writes for these documents, and of their first sentences."""
         decode = load_tokenizer(self.corpus.tokenizer).decode_bytes
 
         def text(ids):
@@ -185,10 +186,15 @@ class Summaries:
 
         prompts = [np.append(pairs.document(i), self.separator).astype(np.int64) for i in numbers]
         written = [text(ids) for ids in read.generate(model, prompts, self.n_summary, self.separator)]
-        leads = [text(pairs.document(i).tolist()).split("\n")[0] for i in numbers]
+        leads = [first_sentence(text(pairs.document(i).tolist())) for i in numbers]
         for i in range(min(N_EXAMPLE, len(numbers))):
             self.examples.append((kind, leads[i], references[i], written[i]))
         return mean_rouge(references, written, "") | mean_rouge(references, leads, "lead_")
+
+
+def first_sentence(text):
+    """Of prose; of source code the first line."""
+    return re.split(r"(?<=[.!?])\s", text.split("\n")[0], maxsplit=1)[0]
 
 
 def mean_rouge(references, texts, prefix):
