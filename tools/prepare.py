@@ -275,6 +275,7 @@ def main(argv=None):
         prepare_text(args.folder, args.out, args.tokenizer, args.errors)
     elif args.command in ("packages", "docstrings"):
         require(args.most > 0, f"--most must be positive, got {args.most}")
+        load_tokenizer(args.tokenizer)                      # is it there? before all packages are read
         if args.command == "packages":
             prepare_packages(args.out, args.tokenizer, args.most * 10 ** 6)
         else:
