@@ -10,18 +10,21 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fast.memory import Memory
-from fast.window import band_blocks
+from fast.window import WIDE, band_blocks
 
 DEVICES = ["cuda"]
 SHORT = 2 ** 23     # numbers in the residual stream; of longer texts, kernels take longer than their launches
 FEW = 512           # chunks; among more, retrieval looks at scores on the host, which no recording may
-MOST = 4            # shapes of a model at a time
+MOST = 4            # kinds of call kept for a model; the one that came first is given up first
 
 graphs = WeakKeyDictionary()        # model -> {kind of call: its graph, None after the first such call}
 
 
 def graph_for(read_segment, model, tokens, memory):
-    """What to call in place of read_segment(model, ..) for these tokens; None if that itself is best."""
+    """What to call in place of read_segment(model, ..) for these tokens; None if that itself is best.
+
+    read_segment: that of stream.py, which imports this file.
+    """
     if not pays(model, tokens, memory):
         return None
     kind, known = kind_of(model, tokens), graphs.setdefault(model, {})
@@ -61,18 +64,20 @@ class GraphedText:
     """
 
     def __init__(self, read_segment, model, tokens):
-        device, (B, n) = tokens.device.type, tokens.shape
+        device_type, (B, n) = tokens.device.type, tokens.shape
         self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
         rehearsal, self.memory = (Memory(model, B, capacity=n) for _ in range(2))
-        self.empty = list(self.memory.serving), self.memory.bias        # kept: the graph reads them first
-        with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device),
+        self.first_serving = list(self.memory.serving)          # the graph reads it; read_segment replaces it
+        with torch.autocast(device_type, torch.get_autocast_dtype(device_type),
+                            torch.is_autocast_enabled(device_type),
                             cache_enabled=False):               # cached casts would not outlive the context
             read_segment(model, self.tokens, rehearsal)         # compile and choose algorithms
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):   # other threads go on
                 self.hidden = read_segment(model, self.tokens, self.memory)
                 self.windows = torch.stack([x for pair in self.memory.window for x in pair])
+        # If flex_attention ran, the graph reads its mask, which is cached. The cache may drop it.
         n_position, window = n + self.memory.chunks, model.config.window
-        self.mask = band_blocks(n_position, n_position, window, tokens.device)      # kept: the graph reads it
+        self.mask = band_blocks(n_position, n_position, window, tokens.device) if window >= WIDE else None
         self.memory.model = None                                # or the model could never be given up
 
     def __call__(self, tokens, memory):

@@ -5,7 +5,8 @@
 
 The data flow is that of DRT.hidden, with three differences. Self-attention continues from the windows in the
 memory. A piece of text may begin and end inside a chunk (Grid). And landmarks are scored a block at a time,
-so that only the memory's chunks grow with the text.
+so that only the memory's chunks grow with the text. Short texts are replayed as CUDA graphs (short.py), and
+chunks that are in CPU memory are waited for (memory.py).
 """
 from functools import partial
 
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from fast import gca, short, window
 from gca import require
 
-SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream that read() takes at once, and
-MAX_SCORES = 2 ** 26                # retrieval scores held at once: both bound the memory of reading
+SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream of one segment
+MAX_SCORES = 2 ** 26                # retrieval scores held at once; both bound the memory that reading takes
 BUNDLE = 64                         # scores of which only the largest is compared at first
 
 
@@ -128,7 +129,7 @@ def cross_attention(cross, x, grid, weights, indices, pages, ready):
 def attend(q, pages, weights, indices, softmax_one):
     """gca() over chunks in several pages, [(k, v, chunks used)]: its sum over chunks is a sum over pages."""
     B = len(q)
-    if len(pages[0][0]) < B:                       # one page for the whole batch, as if it were one sequence
+    if len(pages[0][0]) < B:        # an offloaded memory's cache, (1, slots, ..): chunks of all sequences
         q, weights, indices = (x.flatten(0, 1)[None] for x in (q, weights, indices))
     outputs, first = [], 0
     for k, v, n_used in pages:
@@ -229,7 +230,9 @@ def retrieve(query, landmarks, first, top_k, retriever="learned"):
         for block in page.split(size, dim=1):
             scores = inner_products(query, block)                       # (B, n, M)
             chunk = torch.arange(start, start + block.shape[1], device=query.device)
-            ranking = scores = scores if retriever == "learned" else torch.zeros_like(scores)
+            if retriever != "learned":
+                scores = torch.zeros_like(scores)
+            ranking = scores
             if retriever == "last":
                 ranking = ranking + chunk
             if retriever == "random":
@@ -262,8 +265,8 @@ def first_largest(x, k):
     """Indices of the k largest along the last axis, in order; of equal numbers the first (a stable sort).
 
     Equal scores are rare. So it chooses one more than asked for, which shows whether the last one chosen has
-    equals. Only then it chooses again: those above that one, and of those equal to it the first. Of few
-    numbers all are sorted, and the host need not look.
+    equals. Only then it chooses again: those above that one, and of those equal to it the first. Few numbers
+    are all sorted: no look from the host, which a recording (short.py) could not have.
     """
     if x.shape[-1] <= short.FEW:
         return x.sort(descending=True, stable=True).indices[..., :k]

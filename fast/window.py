@@ -44,13 +44,13 @@ def blockwise_attention(q, k, v, window, slopes):
     B, H, n, _ = q.shape
     past = k.shape[2] - n
     n_first = max(0, window - past)          # queries that have no full window of keys before them
-    n_key = past + n_first
+    n_first_key = past + n_first             # what these see
     n_block = -(-(n - n_first) // window)
     padding = n_block * window - (n - n_first)
     bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
 
     def key_blocks(x):                       # (B, Hkv, m, D) -> (B * n_block, Hkv, 2W, D)
-        x = F.pad(x[:, :, n_key - window:], (0, 0, 0, padding)).unflatten(2, (n_block + 1, window))
+        x = F.pad(x[:, :, n_first_key - window:], (0, 0, 0, padding)).unflatten(2, (n_block + 1, window))
         return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
 
     blocks = F.pad(q[:, :, n_first:], (0, 0, 0, padding)).unflatten(2, (n_block, window))
@@ -59,8 +59,9 @@ def blockwise_attention(q, k, v, window, slopes):
     out = out.unflatten(0, (B, n_block)).transpose(1, 2).flatten(2, 3)[:, :, :n - n_first]
     if not n_first:
         return out
-    bias = band_bias(n_first, n_key, window, slopes).to(q.dtype)  # no slice: its address may be too odd
-    q, k, v = q[:, :, :n_first], k[:, :, :n_key], v[:, :, :n_key]
+    # No slice of the bias above: SDPA fails on a GPU if its address is no multiple of 16 bytes.
+    bias = band_bias(n_first, n_first_key, window, slopes).to(q.dtype)
+    q, k, v = q[:, :, :n_first], k[:, :, :n_first_key], v[:, :, :n_first_key]
     return torch.cat([F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True), out], dim=2)
 
 

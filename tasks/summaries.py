@@ -1,6 +1,6 @@
 """Summaries: a document, the separator, its summary, the separator. The loss is on the summary and its end.
 
-    pad def norm(x): .. | turn x / .. | SEP Normalize a vector . SEP pad pad def ..      (| chunk borders)
+    pad def norm(x): .. re|turn x / .. |SEP Normalize a vector . SEP pad pad def ..      (| chunk borders)
 
 The separator behind a document opens a chunk, as generation aligns prompts too (fast/generate.py): all of the
 document then lies in chunks whose landmarks have retrieved when the first token of the summary is predicted.
@@ -58,16 +58,16 @@ def pack(pairs, order, length, n_text):
     order: pair numbers. Returns a list for each context: [[(pair, tokens of its document, position of its
     separator)]]. A document that is too long for a context of its own is cut.
     """
-    contexts, end = [], length + 1                  # end of what the last context holds: it is full
+    contexts, end = [], length + 1                  # as if a full context came before
     for i in order:
-        answer = int(pairs.summary_sizes[i]) + 2                        # both separators
-        size = min(int(pairs.document_sizes[i]), length - answer - n_text)
+        n_answer = int(pairs.summary_sizes[i]) + 2                      # both separators
+        size = min(int(pairs.document_sizes[i]), length - n_answer - n_text)
         at = -(-(end + size) // n_text) * n_text                        # the next chunk border
-        if at + answer > length + 1:
+        if at + n_answer > length + 1:
             contexts.append([])
             at = -(-size // n_text) * n_text
         contexts[-1].append((i, size, at))
-        end = at + answer
+        end = at + n_answer
     return contexts
 
 
@@ -157,9 +157,9 @@ class Summaries:
         """A row for each kind of document: loss of the true summaries, and ROUGE of generated ones (greedy).
 
         n: documents of each kind. The loss is taken in contexts of seq_len, where long documents are cut;
-        ROUGE reads them whole. split: "val" or "test", default: test where there is one. lead: the first
-        sentence of the document in the place of a summary. ROUGE needs the package rouge-score; without it
-        there is the loss alone. The first documents of a kind are kept in self.examples.
+        ROUGE reads them whole. split: "val" or "test", default: test where there is one. lead: how the
+        document begins, in the place of a summary. ROUGE needs the package rouge-score; without it there is
+        the loss alone. The first documents of a kind are kept in self.examples.
         """
         n = n or (400 if model.embedding.weight.is_cuda else 20)
         split = split or ("val" if self.corpus.test is None else "test")
@@ -178,7 +178,7 @@ class Summaries:
             yield row
 
     def rouge(self, model, read, pairs, numbers, references, kind):
-        """ROUGE of what the model writes for these documents, and of their first sentences."""
+        """ROUGE of what the model writes for these documents, and of how they begin."""
         decode = load_tokenizer(self.corpus.tokenizer).decode_bytes
 
         def text(ids):
@@ -186,15 +186,16 @@ class Summaries:
 
         prompts = [np.append(pairs.document(i), self.separator).astype(np.int64) for i in numbers]
         written = [text(ids) for ids in read.generate(model, prompts, self.n_summary, self.separator)]
-        leads = [first_sentence(text(pairs.document(i).tolist())) for i in numbers]
+        leads = [lead(text(pairs.document(i).tolist()), kind) for i in numbers]
         for i in range(min(N_EXAMPLE, len(numbers))):
             self.examples.append((kind, leads[i], references[i], written[i]))
         return mean_rouge(references, written, "") | mean_rouge(references, leads, "lead_")
 
 
-def first_sentence(text):
-    """Of prose; of source code the first line."""
-    return re.split(r"(?<=[.!?])\s", text.split("\n")[0], maxsplit=1)[0]
+def lead(text, kind):
+    """The first line of source code; of prose the first sentence: up to a mark that a capital follows."""
+    line = text.split("\n")[0]
+    return line if kind in ("function", "module") else re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", line)[0]
 
 
 def mean_rouge(references, texts, prefix):

@@ -56,8 +56,8 @@ class StandIn:
         for function, args, kwargs, result in self.noted:
             args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, Outside) else x, (args, kwargs))
             for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
-                is_view = torch.is_tensor(old) and old.data_ptr() == new.data_ptr()
-                if torch.is_tensor(old) and not is_view:
+                is_there = not torch.is_tensor(old) or old.data_ptr() == new.data_ptr()     # or a view
+                if not is_there:
                     old.data.copy_(new)
 
 
@@ -66,7 +66,7 @@ def graphs(monkeypatch):
     """CUDA graphs, or something that behaves like them."""
     if DEVICE.type == "cuda":
         return
-    fork_rng = torch.random.fork_rng
+    fork_rng = torch.random.fork_rng                        # training.py forks that of the GPU, too
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork_rng([]))
     monkeypatch.setattr(torch.cuda.graphs, "CUDAGraph", StandIn)
     monkeypatch.setattr(torch.cuda.graphs, "graph", lambda graph, **_: Operations(graph.noted))

@@ -227,11 +227,13 @@ def test_train_and_summarize(corpus, tmp_path, capsys, monkeypatch):
     assert "pip install rouge-score" in refused(capsys, evaluation.main, *line)
 
 
-@pytest.mark.parametrize("document, lead", [
-    ("We sum up 3.5 texts. Then we rest.\nMore.", "We sum up 3.5 texts."), ("No end", "No end"), ("", ""),
-    ("def f(x, *, y=.5):\n\treturn x.y", "def f(x, *, y=.5):")])
-def test_the_lead_is_the_first_sentence(document, lead):
-    assert summaries.first_sentence(document) == lead
+@pytest.mark.parametrize("kind, text, lead", [
+    ("document", "As Ada et al. (2017) show, e.g. 3.5 texts suffice. Then we rest.\nMore.",
+     "As Ada et al. (2017) show, e.g. 3.5 texts suffice."),
+    ("document", "No end", "No end"), ("document", "", ""),
+    ("function", "x = f('a. B')\n\treturn x.y", "x = f('a. B')")])
+def test_the_lead_is_the_first_sentence_or_line_of_code(kind, text, lead):
+    assert summaries.lead(text, kind) == lead
 
 
 def test_without_rouge_training_ends_with_the_loss(corpus, monkeypatch):
