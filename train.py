@@ -9,7 +9,7 @@ train() below is the loop. Contexts start short. For needles they double wheneve
 retrieval is learned within minutes when there are few chunks to choose from, and carries over to many.
 
 Writes to --out: ckpt.pt, and the one before it, ckpt.prev.pt; log.csv, one row a step; and the table it ends
-with, niah.json or ppl.json. A run that was stopped goes on with --resume, exactly as if it had not been.
+with, as JSON. A run that was stopped goes on with --resume, exactly as if it had not been.
 """
 import math
 import signal
@@ -42,7 +42,7 @@ from tools.run import Ranks, Run, flops_per_token, prepare_folder, seed_step
 
 @dataclass
 class TrainConfig:
-    task: str = "needles"           # find them in a haystack (niah); text: language modelling (lm); summaries
+    task: str = "needles"           # needles: find named values in a text; text: model language; summaries
     data: str = "stdlib"            # the text: stdlib, or a folder that tools.prepare made
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
@@ -301,7 +301,7 @@ def main(argv=None):
 
 
 def final_table(out, task, device, config):
-    """What the checkpoint can do, on the terminal and in niah.json or ppl.json."""
+    """What the checkpoint can do, on the terminal and in niah.json, ppl.json or summaries.json."""
     model, saved = load_checkpoint(out / "ckpt.pt", device)
     print(f"\n{out}/ckpt.pt and log.csv are written; now to {task.REPORT}, which eval.py can make again.")
     print(f"{task.TITLE} ({cli.hardware(device)}):")
