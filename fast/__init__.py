@@ -7,7 +7,7 @@
 
     gca.py, hopper.py, launch.py    the kernels          window.py, loss.py    the table's other twins
     training.py                     steps as CUDA graphs, which tools/run.py asks for in train.py's loop
-    short.py                        short texts as CUDA graphs, which read() replays
+    short.py                        Graphs: short texts as CUDA graphs, which read() replays
     bench.py, speed.py              what is timed        files.py              whole files, or none
 
 Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.
@@ -17,10 +17,11 @@ import warnings
 from fast import gca, loss, training, window
 from fast.generate import generate
 from fast.memory import Memory
+from fast.short import Graphs
 from fast.stream import read
 from model import DRT, CrossAttention, SelfAttention
 
-__all__ = ["Memory", "apply", "describe", "generate", "read"]
+__all__ = ["Graphs", "Memory", "apply", "describe", "generate", "read"]
 
 TABLE = [
     # plain piece                           fast twin                   in words; "" where it does not pay

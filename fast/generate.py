@@ -9,6 +9,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from fast.launch import own_workspaces
 from fast.memory import Memory
 from fast.stream import read, read_segment
 from gca import require
@@ -171,5 +172,5 @@ class GraphedStep:
         with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
                             cache_enabled=False):               # cached casts would not outlive the context
             run()                                               # compile and choose algorithms
-            with torch.cuda.graph(self.graph):
+            with own_workspaces(), torch.cuda.graph(self.graph):
                 run()

@@ -2,10 +2,12 @@
 
     descriptor(x, rows)                         gca.py's, also for heads that are slices of a larger tensor
     launch(kernel, kind, grid, *args, ..)       kernel[grid](*args, ..)
+    with own_workspaces(): ..                   around the recording of a CUDA graph
 
 Triton looks at every argument of a launch to find the kernel that was compiled for it. That takes longer than
 a small kernel takes the GPU (docs/kernels.md, "What Python costs").
 """
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -75,3 +77,16 @@ def checked_descriptor(shape, stride, dtype, rows, layout):
         return TensorDescriptor(base, *sizes)
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     return GluonDescriptor(base, *sizes, layout)
+
+
+@contextmanager
+def own_workspaces():
+    """Around a recording: cuBLAS takes memory from this graph for its workspace, not from another one.
+
+    Graphs are recorded on one stream, whose workspace cuBLAS keeps. It would lie in the memory of the first
+    graph, and be lost with it.
+    """
+    forget = torch._C._cuda_clearCublasWorkspaces if torch.cuda.is_available() else lambda: None
+    forget()
+    yield
+    forget()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fast.generate import generate
 from fast.memory import Memory
+from fast.short import Graphs
 from fast.stream import read, segment_length
 from model import DRT
 
@@ -21,22 +22,22 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def warm_up(model, tokens):
+def warm_up(model, tokens, graphs=None):
     """Compile what reading these tokens takes: whole segments, and the last one; record a short text."""
     size = segment_length(model, len(tokens))
     n = min(2, tokens.shape[1] // size) * size + tokens.shape[1] % size
-    for _ in range(2):
-        read(model, tokens[:, :n], Memory(model, len(tokens)), "last")
+    for _ in range(2 if graphs else 1):
+        read(model, tokens[:, :n], Memory(model, len(tokens)), "last", graphs)
     synchronize(tokens.device)
 
 
 def time_drt(model, tokens, n_new, offload):
     """Seconds to read the tokens; milliseconds for each of n_new generated ones; bytes of the memory."""
-    device, n_text = tokens.device, model.config.chunk_size - 1
-    warm_up(model, tokens)
+    device, n_text, graphs = tokens.device, model.config.chunk_size - 1, Graphs(model)
+    warm_up(model, tokens, graphs)
     memory = Memory(model, offload=offload, capacity=tokens.shape[1] + n_new + 4 * n_text)
     start = time.perf_counter()
-    read(model, tokens, memory, "last")
+    read(model, tokens, memory, "last", graphs)
     synchronize(device)
     seconds = time.perf_counter() - start
     new = generate(model, tokens[:, :1], n_new + 2 * n_text, memory=memory)

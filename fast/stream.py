@@ -5,46 +5,48 @@
 
 The data flow is that of DRT.hidden, with three differences. Self-attention continues from the windows in the
 memory. A piece of text may begin and end inside a chunk (Grid). And landmarks are scored a block at a time,
-so that only the memory's chunks grow with the text. Short texts are replayed as CUDA graphs (short.py), and
-chunks that are in CPU memory are waited for (memory.py).
+so that only the memory's chunks grow with the text. (Chunks in CPU memory are waited for, too: memory.py.)
 """
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from fast import gca, short, window
+from fast import gca, window
 from gca import require
 
 SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream of one segment
 MAX_SCORES = 2 ** 26                # retrieval scores held at once; both bound the memory that reading takes
 BUNDLE = 64                         # scores of which only the largest is compared at first
+SORTED = 512                        # so few scores, or fewer, are simply sorted
 
 
 @torch.no_grad()
-def read(model, tokens, memory, at=None):
+def read(model, tokens, memory, at=None, graphs=None):
     """The logits that model(all tokens so far) gives for these tokens, which the memory then holds, too.
 
     tokens  (B, n), the next n of each sequence
     at      (B, n) bool: logits at these positions alone, (number, vocab_size); "last": after the last token,
             (B, vocab_size); None: all, (B, n, vocab_size)
+    graphs  fast.Graphs(model): short texts that come again in a shape are replayed as CUDA graphs (short.py)
 
     A long text is read in segments. Retrieval never explores here, whatever mode the model is in. ValueError
     if memory and tokens do not go together; whatever goes wrong, the memory stays as it was.
     """
     memory.check(model, tokens)
+    require(graphs is None or graphs.model is model, "graphs must be this model's own")
     before = memory.snapshot()
     try:
-        return read_segments(model, tokens, memory, at)
+        return read_segments(model, tokens, memory, at, graphs)
     except BaseException:
         memory.restore(before)
         raise
 
 
-def read_segments(model, tokens, memory, at):
+def read_segments(model, tokens, memory, at, graphs):
     size = segment_length(model, len(tokens))
     segments = tokens.split(size, dim=1)
-    graph = short.graph_for(read_segment, model, tokens, memory) if len(segments) == 1 else None
+    graph = graphs.reader(tokens, memory) if graphs and len(segments) == 1 else None
     read_next = graph or partial(read_segment, model)
     if isinstance(at, str):
         require(at == "last", f"at must be a mask, 'last' or None, got {at!r}")
@@ -268,7 +270,7 @@ def first_largest(x, k):
     equals. Only then it chooses again: those above that one, and of those equal to it the first. Few numbers
     are all sorted: no look from the host, which a recording (short.py) could not have.
     """
-    if x.shape[-1] <= short.FEW:
+    if x.shape[-1] <= SORTED:
         return x.sort(descending=True, stable=True).indices[..., :k]
     chosen = largest(x, k + 1).sort().values
     values, order = x.gather(-1, chosen).sort(descending=True, stable=True)

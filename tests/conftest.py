@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"            # before anything imports triton
 
 from helpers import TEXT_FLAGS, TINY_FLAGS, command  # noqa: E402
-from stand_in import graphs  # noqa: E402, F401
+from stand_in import cuda_graphs  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ class StandIn:
 
 
 @pytest.fixture
-def graphs(monkeypatch):
+def cuda_graphs(monkeypatch):
     """CUDA graphs, or something that behaves like them."""
     if DEVICE.type == "cuda":
         return

@@ -124,7 +124,7 @@ def test_apply_swaps_what_its_table_says():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype, graphs):
+def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype, cuda_graphs):
     """Shapes that come again after others, weights that change, noise; and autocast's cache is not kept."""
     model = tiny(gumbel=True).to(DEVICE).train()
     plain_step = Objective(model, lambda model, *batch: (model.loss(*batch), [batch[0].float().mean()]))

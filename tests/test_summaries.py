@@ -10,7 +10,7 @@ import train
 from eval import Reader
 from helpers import DEVICE, TINY_FLAGS, command, random_tokens, refused, tiny
 from tasks import summaries
-from tasks.summaries import Pairs, Summaries, context_of, mean_rouge, pack
+from tasks.summaries import Pairs, Summaries, context_of, load_expected, mean_rouge, pack
 from tasks.text import load_corpus
 from tools import packages, pairs, prepare
 
@@ -272,6 +272,26 @@ def test_summaries_by_a_model_of_another_task(corpus, needle_run, capsys):
     if summaries.rouge_scorer():
         evaluation.main([*map(str, [*line, "--data", corpus.name])])
         assert "lead_rouge1" in capsys.readouterr().out
+
+
+def test_a_corpus_that_cannot_be_made_anew_stays_as_it_was(tmp_path, monkeypatch):
+    def files():
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    for split in ("train", "val"):
+        jsonl(tmp_path / f"{split}.jsonl", pair(0), pair(1))
+    line = ["summaries", str(tmp_path), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    prepare.main(line)
+    before = files()
+    jsonl(tmp_path / "val.jsonl", pair(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "load_tokenizer", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare.prepare_pairs(pairs.from_jsonl(tmp_path), tmp_path / "out", "bytes")
+    assert files() == before
+    prepare.main(line)
+    assert files()["val.jsonl"] != before["val.jsonl"]
+    assert len(load_expected(load_corpus(tmp_path / "out"), "val")) == 1
 
 
 def test_a_corpus_never_overwrites_where_it_comes_from(tmp_path, capsys):

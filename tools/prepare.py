@@ -71,13 +71,14 @@ def prepare(splits, out, tokenizer, errors="strict", references=None, names=None
     """Write out/train.bin, val.bin (and test.bin), uint16, and meta.json. A split that is there is kept.
 
     splits      {name: (documents, how many (None: unknown), what identifies them)}
-    references  {split: hash of SPLIT.jsonl}: every second document is the summary of the one before it
+    references  {split: the contents of SPLIT.jsonl}: every second document is the summary of the one before
     names       {split: of its documents}
     """
     kind = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
-    meta |= {name: value for name, value in dict(references=references, names=names).items() if value}
+    hashes = {split: digest(data) for split, data in (references or {}).items()}
+    meta |= {name: value for name, value in dict(references=hashes, names=names).items() if value}
     sources = {split: digest(json.dumps([tokenizer, errors, identity]).encode())
                for split, (_, _, identity) in splits.items()}
     there = {split: split_that_is_there(out, split, source) for split, source in sources.items()}
@@ -86,6 +87,9 @@ def prepare(splits, out, tokenizer, errors="strict", references=None, names=None
         done = there[split] or write_split(out / f"{split}.bin", documents, number, tokenizer, errors)
         require(not (references and done["skipped"]), f"{split}: a document without its summary")
         meta["splits"][split] = done | dict(source=sources[split])
+        if split in hashes:
+            with atomic_file(out / f"{split}.jsonl") as file:
+                file.write(references[split])
         with atomic_file(out / "meta.json") as file:
             file.write((json.dumps(meta, indent=1) + "\n").encode())
         number = f"{done['documents'] // 2:,} pairs" if references else f"{done['documents']:,} documents"
@@ -182,19 +186,15 @@ def prepare_pairs(splits, out, tokenizer):
 
     A line of SPLIT.jsonl is {"kind": .., "references": [..]}; meta.json has the file's hash.
     """
-    work, hashes = {}, {}
-    out.mkdir(parents=True, exist_ok=True)
+    work, references = {}, {}
     for split, rows in splits.items():
         texts = [text for pair in rows for text in (pair["document"], pair["summary"])]
         work[split] = texts, len(texts), digest(json.dumps(rows).encode())
         lines = [dict(kind=pair.get("kind", "document"), references=pair.get("references", [pair["summary"]]))
                  for pair in rows]
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         if split != "train":
-            hashes[split] = digest(data)
-            with atomic_file(out / f"{split}.jsonl") as file:
-                file.write(data)
-    prepare(work, out, tokenizer, references=hashes)
+            references[split] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    prepare(work, out, tokenizer, references=references)
     encode = load_tokenizer(tokenizer).encode
     longest = max((pair["summary"] for rows in splits.values() for pair in rows), key=len)
     print(f"the longest summary has {len(encode(longest))} tokens (train.py --n_summary)")
