@@ -44,15 +44,19 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
     """
     rows, words = [], {read.pieces(model): None for model in models.values()}
     print("fast:", "; ".join(words), flush=True)
-    for name, model in models.items():
-        read.reset()
-        table = task.measure(model, read, lengths, n, seed, **options)
-        for row in tqdm(table, name, leave=False, unit="row", disable=None):           # only on a terminal
-            rows.append(dict(model=name) | row | read.numbers())
-            if not sys.stderr.isatty():                                     # no bar: a line in the log
-                print(f"{name}: {next(iter(row.values()))} measured, {read.seconds:.0f} s", file=sys.stderr)
+    try:
+        for name, model in models.items():
             read.reset()
-    cli.print_table(rows)
+            table = task.measure(model, read, lengths, n, seed, **options)
+            for row in tqdm(table, name, leave=False, unit="row", disable=None):       # only on a terminal
+                rows.append(dict(model=name) | row | read.numbers())
+                if not sys.stderr.isatty():                                 # no bar: a line in the log
+                    first = next(iter(row.values()))
+                    print(f"{name}: {first} measured, {read.seconds:.0f} s", file=sys.stderr)
+                read.reset()
+    finally:                                            # also if memory or patience did not last to the end
+        if rows:
+            cli.print_table(rows)
     return rows
 
 
@@ -69,6 +73,9 @@ def run_niah(args, device):
     check_tokenizer(corpus, saved, args.ckpt)
     task = Needles(settings, corpus)
     for length in args.lengths or [settings["seq_len"]]:
+        least = task.form.least_length
+        require(length >= least, f"--lengths must be at least {least}, for a needle and its question, "
+                f"got {length}")
         task.check(length)
     reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     names = run_names([args.ckpt])

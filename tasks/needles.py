@@ -70,7 +70,7 @@ class Needles:
     def fitting(self, length):
         """How many questions a context of `length` tokens has: as many as wanted, if there is room."""
         least = self.form.least_length
-        require(length >= least, f"seq_len must be at least {least} for a needle and its "
+        require(length >= least, f"--seq_len must be at least {least} for a needle and its "
                 f"question in chunks of {self.form.n_text + 1}, got {length}")
         return min(self.n_question, self.form.room(length))
 
@@ -138,7 +138,10 @@ class Needles:
         them are right exactly when greedy generation would write the answer. Of a path, the second colon and
         the text between its parts are given.
         """
-        for length in lengths or [self.settings["seq_len"] * 4 ** i for i in range(6)]:
+        if not lengths:
+            lengths = [self.settings["seq_len"] * 4 ** i for i in range(6)]
+            lengths = [length for length in lengths if length // self.form.n_text <= read.most_chunks]
+        for length in lengths:
             for depth in [None] if n_depth is None else [(i + 0.5) / n_depth for i in range(n_depth)]:
                 hits = self.answers(model, read, length, n_question, seed, depth).double()
                 n_needle = self.form.n_hop * (self.fitting(length) if depth is None else 1)

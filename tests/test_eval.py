@@ -9,6 +9,7 @@ import eval as evaluation
 from fast.speed import FullAttention
 from helpers import DEVICE, command, refused
 from model import DRTConfig
+from tools import reader
 
 ON = "--device", DEVICE.type
 
@@ -38,6 +39,26 @@ def test_niah(run, capsys):
 
 def measure(*arguments):
     evaluation.main([*map(str, arguments)])
+
+
+def test_rows_measured_before_a_failure_are_shown(run, capsys, monkeypatch):
+    def read(self, model, tokens, at, original=evaluation.Reader.__call__):
+        if tokens.shape[1] == 128:
+            raise MemoryError("no room")
+        return original(self, model, tokens, at)
+
+    monkeypatch.setattr(evaluation.Reader, "__call__", read)
+    line = f"niah --ckpt {run}/ckpt.pt --lengths 64,128 --questions 4 --device {DEVICE.type}".split()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(line)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "token_accuracy" in said.out and "error: out of memory" in said.err
+
+
+def test_plain_reading_is_spared_lengths_that_nobody_asked_for(run, capsys, monkeypatch):
+    monkeypatch.setattr(reader, "PLAIN_CHUNKS", 20)
+    measure("niah", "--ckpt", run / "ckpt.pt", "--questions", 4, "--fast", "false", *ON)
+    assert [row.split()[1] for row in capsys.readouterr().out.splitlines()[2:]] == ["64", "256"]
 
 
 def test_niah_by_depth(run, tmp_path, capsys):

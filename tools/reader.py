@@ -9,6 +9,8 @@ from fast.speed import synchronize, warm_up
 from fast.stream import segment_length
 from tools import cli
 
+PLAIN_CHUNKS = 10_000       # model.py scores all chunks against all: more take gigabytes
+
 
 class Reader:
     """read(model, tokens, at) -> logits at the marked positions; adds up time and tokens.
@@ -18,6 +20,7 @@ class Reader:
 
     def __init__(self, device, dtype=torch.float32, use_fast=True):
         self.device, self.dtype, self.use_fast, self.warm = device, dtype, use_fast, set()
+        self.most_chunks = float("inf") if use_fast else PLAIN_CHUNKS   # in a context that nobody asked for
         self.reset()
 
     def reset(self):
@@ -33,7 +36,7 @@ class Reader:
     def pieces(self, model):
         """What reads, in words; with fast/, the model's pieces are swapped first."""
         if not self.use_fast:
-            return "nothing; model.py reads all at once"
+            return f"nothing; model.py reads all at once, at most {PLAIN_CHUNKS:,} chunks without --lengths"
         fast.apply(model)
         return ", ".join(["reads in segments (fast/stream.py)", fast.describe(model)]).removesuffix(", ")
 
