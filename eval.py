@@ -64,11 +64,12 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 
 def run_niah(args, device):
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
-    settings = vars(NeedleConfig()) | saved["settings"] | (dict(needle=args.needle) if args.needle else {})
+    given = dict(needle=args.needle, n_needle=args.n_needle, data=args.data)
+    settings = vars(NeedleConfig()) | saved["settings"]
+    settings |= {name: value for name, value in given.items() if value is not None}
     require(TASKS.get(settings.get("task")) is Needles,
             f"--ckpt must be of a run with --task needles, got --task {settings.get('task')}")
     cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)
-    settings["data"] = args.data or settings["data"]
     corpus = load_corpus(settings["data"])
     check_tokenizer(corpus, saved, args.ckpt)
     task = Needles(settings, corpus)
@@ -213,6 +214,8 @@ def add_measurements(commands):
     niah.add_argument("--questions", type=int, help="questions at each length; default: "
                       "240, and fewer, at least 32, in long contexts")
     niah.add_argument("--needle", choices=KINDS, help="another kind than in training")
+    niah.add_argument("--n_needle", type=int,
+                      help="needles in a context (multihop: chains); default: training's")
     niah.add_argument("--depths", type=int, help="one needle, at so many depths of each context")
     niah.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
     ppl = cli.add_command(commands, "ppl", "Perplexity of unseen text by context length: "

@@ -37,6 +37,14 @@ def test_niah(run, capsys):
         assert accuracy[0] == pytest.approx(accuracy[1], abs=13)            # one of 8 may differ
 
 
+def test_as_many_needles_as_wanted(run, tmp_path):
+    out = tmp_path / "niah.json"
+    line = "niah", "--ckpt", run / "ckpt.pt", "--n_needle", 2, "--lengths", 500, "--questions", 4
+    measure(*line, "--json", out, *ON)
+    report = json.loads(out.read_text())
+    assert report["rows"][0]["needles"] == 2 and report["settings"]["n_needle"] == 2
+
+
 def measure(*arguments):
     evaluation.main([*map(str, arguments)])
 
