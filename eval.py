@@ -74,10 +74,7 @@ def run_niah(args, device):
     check_tokenizer(corpus, saved, args.ckpt)
     task = Needles(settings, corpus)
     for length in args.lengths or [settings["seq_len"]]:
-        least = task.form.least_length
-        require(length >= least, f"--lengths must be at least {least}, for a needle and its question, "
-                f"got {length}")
-        task.check(length)
+        task.check(length, "--lengths")
     reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     names = run_names([args.ckpt])
     rows = measure(task, {names[args.ckpt]: model}, reader, args.lengths, args.questions, args.seed,

@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from fast import loss
-from fast.launch import own_workspaces
 
 MOST = 2            # shapes kept at a time: --lm_share has two; as contexts grow, shorter ones are given up
 SMALL_WIDTH = 256   # in wider models, kernels take longer than their launches, and so do losses in blocks
@@ -57,7 +56,7 @@ class GraphedObjective(nn.Module):
         warn_of_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
         if warn_of_streams:
             warn_of_streams(False)              # gradients wait for the stream of the recording, and may
-        with (own_workspaces(), torch.random.fork_rng([device]),        # recording draws noise, too
+        with (torch.random.fork_rng([device]),                          # recording draws noise, too
               torch.autocast(device.type, enabled=False)):              # backward is no part of autocast
             recorded = Recorded(self.objective, autocast)
             batch = tuple(x.clone() for x in batch)

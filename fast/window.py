@@ -59,7 +59,7 @@ def blockwise_attention(q, k, v, window, slopes):
     out = out.unflatten(0, (B, n_block)).transpose(1, 2).flatten(2, 3)[:, :, :n - n_first]
     if not n_first:
         return out
-    # No slice of the bias above: SDPA fails on a GPU if its address is no multiple of 16 bytes.
+    # No slice of the bias above: with one of width 5 or 20, SDPA ended in "misaligned address" on a GPU.
     bias = band_bias(n_first, n_first_key, window, slopes).to(q.dtype)
     q, k, v = q[:, :, :n_first], k[:, :, :n_first_key], v[:, :, :n_first_key]
     return torch.cat([F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True), out], dim=2)

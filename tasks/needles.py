@@ -67,16 +67,16 @@ class Needles:
             lengths.append(min(2 * lengths[-1], seq_len))
         return lengths
 
-    def fitting(self, length):
+    def fitting(self, length, flag="--seq_len"):
         """How many questions a context of `length` tokens has: as many as wanted, if there is room."""
         least = self.form.least_length
-        require(length >= least, f"--seq_len must be at least {least} for a needle and its "
+        require(length >= least, f"{flag} must be at least {least} for a needle and its "
                 f"question in chunks of {self.form.n_text + 1}, got {length}")
         return min(self.n_question, self.form.room(length))
 
-    def check(self, length):
+    def check(self, length, flag="--seq_len"):
         """ValueError if a context of this length has no room for a question, or the corpus is shorter."""
-        self.fitting(length)
+        self.fitting(length, flag)
         if self.settings["lm_share"]:
             window_batch(self.corpus.train, 0, 0, 1, length)
 
