@@ -61,7 +61,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, tmp_path, no_table, monk
     assert [row["skipped"] for row in rows] == ["1.0"] * 5
     model, saved = load_checkpoint(tmp_path / "ckpt.pt", DEVICE)
     torch.manual_seed(0)
-    before, fresh = saved["model"], DRT(model.config).to(DEVICE).state_dict()
+    before, fresh = saved["model"], DRT(model.config).state_dict()
     assert all(torch.equal(before[name], fresh[name]) for name in before)
     factor.fill_(1)
     rows = train(tmp_path / "again", *flags, "--steps", 5)
