@@ -47,7 +47,7 @@ class TrainConfig:
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
     batch_size: int = 64            # contexts in a batch, over all GPUs
-    batch_tokens: int = 8192        # most tokens in a batch: long contexts come in smaller batches
+    batch_tokens: int = 8192        # most tokens in a batch: of long contexts it has fewer, at the least one
     micro_batch: int = 0            # contexts that a GPU takes at once, their gradients added up; 0: all
     steps: int = 600                # updates of the weights
     lr: float = 4e-3                # peak learning rate
@@ -242,9 +242,10 @@ def check(config, task, n_rank):
     """ValueError for training settings that do not fit the task or the processes."""
     for length in task.lengths():
         n_context, micro_batch = contexts_in_batch(config, length), config.micro_batch or 1
+        why = ", all that --batch_tokens allows" if n_context < config.batch_size else ""
         require(n_context % (n_rank * micro_batch) == 0,
                 f"--batch_size must be a multiple of {n_rank} processes times --micro_batch {micro_batch}, "
-                f"got {n_context} at {length} tokens")
+                f"got {n_context} at {length} tokens{why}")
         task.check(length)
     load_tokenizer(task.corpus.tokenizer)
 
@@ -291,7 +292,7 @@ def main(argv=None):
     step = train(config, model, task, run, saved)
     if ranks.size > 1:
         dist.destroy_process_group()
-    if step < config.steps:
+    if step < config.steps or run.signal:                       # it may come after the last step
         name = run.signal.name if run.signal else "a signal to another process"
         print(f"\nStopped by {name} after step {step}; go on with --resume --out {args.out}", flush=True)
         sys.exit(128 + (run.signal or signal.SIGTERM))

@@ -13,6 +13,7 @@ import torch
 import train as train_module
 from helpers import DEVICE, ROOT, TEXT_FLAGS, TINY_FLAGS, command, log_of, refused, tiny
 from model import DRT
+from tasks.text import Text
 from tools import run as run_module
 from tools.run import load_checkpoint, save_checkpoint
 
@@ -116,6 +117,18 @@ def test_a_run_begins_with_the_weights_of_another(text_run, tmp_path, no_table, 
 
 
 # ---------------------------------------------------------------- runs that are stopped, or shared
+
+def test_a_signal_in_the_last_step_starts_no_table(tmp_path, monkeypatch, capsys):
+    def score(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return dict(val_loss=1.0)
+
+    monkeypatch.setattr(Text, "score", score)
+    with pytest.raises(SystemExit) as stopped:
+        train_module.main(list(map(str, ["--out", tmp_path, *TEXT_FLAGS, "--steps", 1])))
+    assert stopped.value.code == 143 and "Stopped by SIGTERM after step 1;" in capsys.readouterr().out
+    assert (tmp_path / "ckpt.pt").exists() and not (tmp_path / "ppl.json").exists()
+
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_a_stopped_run_resumes_as_if_it_had_not_been(name, text_run, tmp_path, no_table):
@@ -228,6 +241,7 @@ def test_no_room_for_checkpoints_is_found_before_the_first_step(tmp_path, monkey
     ("--resume", "no checkpoint at"),
     ("--task lm --seq_len 9000000 --batch_tokens 9000000", "--data must hold more than seq_len tokens"),
     ("--batch_size 5 --micro_batch 2", "must be a multiple of 1 processes times --micro_batch 2"),
+    ("--batch_tokens 64 --micro_batch 2", "all that --batch_tokens allows"),
     ("--micro_batch -1", "--micro_batch must not be negative, got -1"),
 ] + ([] if torch.cuda.is_available() else [("--device cuda", "--device must be auto, cpu, or cuda on a")]))
 def test_training_mistakes_get_one_line(flags, message, tmp_path, capsys):
