@@ -410,4 +410,4 @@ if __name__ == "__main__":          # the kernels against the reference in float
         out = gca(*inputs, indices, backend=backend)
         results.append([out, *torch.autograd.grad(out, inputs, do.to(dtype))])
     for name, x, wanted in zip(("out", "dq", "dk", "dv", "dweights"), *results, strict=True):
-        print(f"{name:9} relative error {(x - wanted).norm() / wanted.norm():.1e}")
+        print(f"{name:9} kernels against reference: relative error {(x - wanted).norm() / wanted.norm():.1e}")
