@@ -41,6 +41,7 @@ class DRTConfig:
     softmax_one: bool = True    # softmax-off-by-one in GCA: a token may take nothing from a chunk
     gca_residual: bool = True   # True: GCA's output stays in the residual stream; False: only the MLP sees it
     gumbel: bool = True         # Gumbel noise on the ranking in training: exploration
+    recency: bool = False       # not in the paper: scores fall with the log of distance, as far as learned
     retriever: str = "learned"  # ablations: random, or last: the last K chunks, weighted equally
 
     def __post_init__(self):
@@ -218,15 +219,31 @@ class ChunkEncoder(nn.Module):
 
 # ---------------------------------------------------------------- retrieval
 
-def retrieve(query, landmarks, top_k, explore=False, retriever="learned"):
-    """For each chunk t, the K strictly earlier chunks with the highest scores r_t,c = q_t . l_c / sqrt(d).
+def log_distance(t, c, near):
+    """log of the distance of chunks c before chunks t, in units of `near` chunks; 0 up to that distance."""
+    return ((t - c).clamp(min=near) / near).log()
+
+
+def retrieval_scores(query, landmarks, decay=None, near=1):
+    """r_t,c = q_t . l_c / sqrt(d): query, landmarks (B, C, d) -> (B, C, C) of chunks t and c, float32.
+
+    decay: of DRTConfig.recency, a scalar: how much r falls with the log of the distance beyond `near` chunks.
+    """
+    scores = query.float() @ landmarks.float().mT * query.shape[-1] ** -0.5
+    if decay is not None:
+        chunk = torch.arange(scores.shape[1], device=scores.device)
+        scores = scores - decay * log_distance(chunk[:, None], chunk, near)
+    return scores
+
+
+def retrieve(query, landmarks, top_k, explore=False, retriever="learned", decay=None, near=1):
+    """For each chunk t, the K strictly earlier chunks with the highest scores r_t,c, as above.
 
     query, landmarks (B, C, d) -> weights, indices (B, C, K); index -1 where a slot is empty. explore: Gumbel
     noise changes which chunks are chosen, but not their weights. retriever: as in DRTConfig.
     """
-    C, d = query.shape[1:]
-    scores = query.float() @ landmarks.float().mT * d ** -0.5                   # (B, C, C)
-    chunk = torch.arange(C, device=query.device)
+    scores = retrieval_scores(query, landmarks, decay, near)                    # (B, C, C)
+    chunk = torch.arange(scores.shape[1], device=query.device)
     if retriever != "learned":
         scores = torch.zeros_like(scores)                   # so that all weigh the same
     ranking = scores.detach() + chunk if retriever == "last" else scores.detach()
@@ -269,6 +286,8 @@ class DRT(nn.Module):
             self.landmark = nn.Parameter(torch.empty(config.n_embd))
             self.encoder = ChunkEncoder(config)
             self.query_norms = nn.ModuleList(nn.RMSNorm(config.n_embd, 1e-5) for _ in range(config.n_group))
+            if config.recency:
+                self.decay = nn.Parameter(torch.zeros(config.n_group))
         for name, p in self.named_parameters():
             if p.dim() == 2 or name == "landmark":
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5)                     # 1 / sqrt(fan_in)
@@ -311,10 +330,16 @@ class DRT(nn.Module):
         n_chunk = math.ceil(x.shape[1] / self.config.chunk_size)
         explore = self.config.gumbel and self.training and torch.is_grad_enabled()      # not in validation
         with torch.autocast(x.device.type, enabled=False):                      # ranking needs full precision
-            weights, indices = retrieve(query, landmarks, self.config.top_k, explore, self.config.retriever)
+            weights, indices = retrieve(query, landmarks, self.config.top_k, explore, self.config.retriever,
+                                        *self.recency(group))
         # Shifted by one chunk: chunk 0 gets nothing, and nobody gets what the last landmark found.
         weights = F.pad(weights, (0, 0, 1, 0))[:, :n_chunk]
         return weights, F.pad(indices, (0, 0, 1, 0), value=-1)[:, :n_chunk]
+
+    def recency(self, group):
+        """decay and near of retrieval_scores(): inside the window, the distance does not matter."""
+        decay = self.decay[group].float() if self.config.recency else None
+        return decay, max(1, self.config.window // self.config.chunk_size)
 
     def insert_landmarks(self, x):           # (B, T, d) -> (B, N, d): one behind every S - 1 text tokens
         T, n_text = x.shape[1], self.config.chunk_size - 1

@@ -55,6 +55,7 @@ class TrainConfig:
     warmup: int = 50                # steps of linear warm-up
     weight_decay: float = 0.001     # on matrices only
     encoder_identity: bool = False  # the chunk encoder begins as the identity, and learns what to add
+    encoder_lr: float = 1.0         # its layers' learning rate, as a share of the others'
     seed: int = 0                   # of the initial weights and of the data
     fast: bool = True               # swap pieces for faster ones (fast/); false: the plain files alone
     compile: bool = False           # torch.compile each layer: most of a minute to start, then faster
@@ -75,8 +76,8 @@ PRESETS = {
     "multihop": dict(needle="multihop", n_layer=8, n_encoder=1, top_k=8, n_needle=2, n_value=4, start_len=80,
                      seq_len=1024, batch_size=256, batch_tokens=32768, steps=2000, lr=3e-3),
     "code": LM | dict(data="data/code", n_layer=8, n_encoder=0, n_embd=384, n_head=6, top_k=16,
-                      gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=32,
-                      batch_tokens=32256, steps=4800, warmup=100, validate_every=400),
+                      gca_residual=True, gumbel=False, recency=True, start_len=1008, seq_len=8064,
+                      batch_size=32, batch_tokens=32256, steps=4800, warmup=100, validate_every=400),
     "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
                        gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=64,
                        batch_tokens=64512, steps=3000, warmup=100, validate_every=100),
@@ -121,7 +122,7 @@ def train(config, model, task, run, saved):
 
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("share", 1.0)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             skipped = (~(grad_norm + metrics[0]).isfinite()).float()
@@ -158,10 +159,13 @@ def learning_rate(step, config):
 
 
 def make_optimizer(model, config):
-    """AdamW as the paper has it; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    """AdamW as the paper has it, with weight decay on matrices only; the encoder may learn slower."""
+    groups = {}
+    for name, p in model.named_parameters():
+        share = config.encoder_lr if name.startswith("encoder.layers.") else 1.0
+        groups.setdefault((share, p.dim() >= 2), []).append(p)
+    groups = [dict(params=params, share=share, weight_decay=config.weight_decay if is_matrix else 0.0)
+              for (share, is_matrix), params in groups.items()]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -225,7 +229,7 @@ def pick(config_class, chosen, **others):
 POSITIVE = dict(batch_size=10 ** 6, batch_tokens=10 ** 9, steps=10 ** 9, lr=100, warmup=10 ** 9, grow_at=1,
                 validate_every=10 ** 9, checkpoint_every=10 ** 9, seq_len=10 ** 9)          # and at most this
 NOT_NEGATIVE = dict(seed=2 ** 63 - 1, start_len=10 ** 9, micro_batch=10 ** 6, final_lr=1, weight_decay=100,
-                    lm_weight=1000)
+                    encoder_lr=1, lm_weight=1000)
 
 
 def check_ranges(chosen):
@@ -271,7 +275,7 @@ def main(argv=None):
     require(config.task in evaluation.TASKS, f"--task must be a task, got {config.task}")
     task = evaluation.TASKS[config.task](chosen, corpus)
     check(config, task, ranks.size)
-    require(not saved or saved["config"] == asdict(model_config) and saved["length"] in task.lengths(),
+    require(not saved or DRTConfig(**saved["config"]) == model_config and saved["length"] in task.lengths(),
             f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")
     check_first(first, args.init_from, model_config, corpus.tokenizer)
     check_space(args.out, sum(shape.numel() for shape in shapes(model_config).values()))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fast import gca, window
 from gca import require
+from model import log_distance
 
 SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream of one segment
 MAX_SCORES = 2 ** 26                # retrieval scores held at once; both bound the memory that reading takes
@@ -162,7 +163,7 @@ def retrieve_for_group(model, g, x, grid, memory):
         query = model.query_norms[g](grid.landmarks(x))                 # (B, whole, d)
         with torch.autocast(x.device.type, enabled=False):              # ranking needs full precision
             new_weights, new_indices = retrieve(query, memory.landmarks(), grid.first, model.config.top_k,
-                                                model.config.retriever)
+                                                model.config.retriever, *model.recency(g))
         weights, indices = torch.cat([weights, new_weights], dim=1), torch.cat([indices, new_indices], dim=1)
         memory.serving[g] = copy_of(weights[:, -1:]), copy_of(indices[:, -1:])
         weights, indices = weights[:, :grid.chunks], indices[:, :grid.chunks]
@@ -216,7 +217,7 @@ class Grid:
 
 # ---------------------------------------------------------------- retrieval, a block of landmarks at a time
 
-def retrieve(query, landmarks, first, top_k, retriever="learned"):
+def retrieve(query, landmarks, first, top_k, retriever="learned", decay=None, near=1):
     """model.py's retrieve for chunks first .. first + n - 1: query (B, n, d) -> weights, indices (B, n, K).
 
     landmarks: every chunk's l_c in order, as a list of (B, M, d). The best K so far compete with the best K
@@ -232,6 +233,8 @@ def retrieve(query, landmarks, first, top_k, retriever="learned"):
         for block in page.split(size, dim=1):
             scores = inner_products(query, block)                       # (B, n, M)
             chunk = torch.arange(start, start + block.shape[1], device=query.device)
+            if decay is not None:
+                scores = scores - decay * d ** 0.5 * log_distance(t, chunk, near)       # scaled below
             if retriever != "learned":
                 scores = torch.zeros_like(scores)
             ranking = scores

@@ -21,7 +21,10 @@ TEXT_FLAGS = [*TINY_FLAGS, *"""--task text --seq_len 100 --steps 40 --checkpoint
 def tiny(seed=0, **config):
     """A small model, ready to read."""
     torch.manual_seed(seed)
-    return DRT(DRTConfig(**dict(n_encoder=1) | config)).to(DEVICE).eval()
+    model = DRT(DRTConfig(**dict(n_encoder=1) | config)).to(DEVICE).eval()
+    if model.config.recency:
+        torch.nn.init.constant_(model.decay, 0.7)               # at its start, 0, nothing would be seen
+    return model
 
 
 def random_tokens(*shape):

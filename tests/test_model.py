@@ -77,6 +77,25 @@ def test_gumbel_noise_chooses_by_the_softmax_of_the_scores():
     torch.testing.assert_close(indices[:, 4, 0].bincount(minlength=4) / 20000, expected, atol=0.02, rtol=0)
 
 
+def test_recency_lowers_scores_by_the_log_of_the_distance_beyond_the_window():
+    query, landmarks = torch.randn(1, 40, 8), torch.randn(1, 40, 8)
+    decay = torch.tensor(0.5, requires_grad=True)
+    weights, indices = retrieve(query, landmarks, 3, decay=decay, near=4)
+    scores = query[0, 30] @ landmarks[0, :30].T / math.sqrt(8)
+    scores -= 0.5 * torch.tensor([math.log(max(1, (30 - c) / 4)) for c in range(30)])
+    best = scores.topk(3)
+    assert indices[0, 30].tolist() == best.indices.tolist()
+    torch.testing.assert_close(weights[0, 30], best.values.softmax(0))
+    (weights * torch.randn_like(weights)).sum().backward()
+    assert decay.grad != 0
+    model = tiny(recency=True, window=50, n_layer=4, n_group=2)                 # 3 whole chunks of 16
+    assert model.recency(1)[0] == model.decay[1] and model.recency(1)[1] == 3
+    far = model(tokens := random_tokens(1, 400))[0]
+    torch.nn.init.zeros_(model.decay)
+    without = tiny(window=50, n_layer=4, n_group=2)
+    assert torch.equal(model(tokens)[0], without(tokens)[0]) and not torch.equal(far, without(tokens)[0])
+
+
 def test_other_retrievers_choose_without_scores():
     """The last K chunks, or K random ones, whatever the landmarks say; all weigh the same."""
     query, landmarks = torch.randn(1, 300, 8), torch.randn(1, 300, 8)

@@ -23,6 +23,7 @@ CLOSE = dict(atol=1e-4, rtol=0)
 
 @pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2, n_kv_head=1),
                                     dict(n_group=0, window=5),
+                                    dict(n_group=1, recency=True),
                                     dict(gca_residual=False, softmax_one=False, retriever="last")])
 @pytest.mark.parametrize("pieces", [[203], [1] * 203, [7, 8, 1, 44, 60, 83]])
 def test_reading_in_pieces_is_forward(config, pieces, monkeypatch):

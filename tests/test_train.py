@@ -70,6 +70,20 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, tmp_path, no_table, monk
     assert rows[-1]["skipped"] == "0.0" and all(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_encoders_learning_rate_is_a_share_of_the_others(tmp_path, no_table):
+    flags = [*TEXT_FLAGS, "--n_encoder", 1, "--steps", 4]
+    changes = []
+    for share in (0, 0.1, 1):
+        train(tmp_path / str(share), *flags, "--encoder_lr", share)
+        model = load_checkpoint(tmp_path / str(share) / "ckpt.pt", DEVICE)[0]
+        torch.manual_seed(0)
+        starts = dict(DRT(model.config).to(DEVICE).named_parameters())
+        moved = {name: (p - starts[name]).abs().mean().item() for name, p in model.named_parameters()}
+        assert all(x > 0 for name, x in moved.items() if not name.startswith("encoder.layers."))
+        changes.append(sum(x for name, x in moved.items() if name.startswith("encoder.layers.")))
+    assert changes[0] == 0 and 0.05 < changes[1] / changes[2] < 0.2
+
+
 def test_micro_batches_add_up_to_the_batch(tmp_path, no_table):
     rows = [train(tmp_path / str(n), *TEXT_FLAGS, "--gumbel", "false", "--micro_batch", n) for n in (0, 1)]
     tolerance = 1e-4 if DEVICE.type == "cpu" else 2e-2                             # bfloat16 there
@@ -162,6 +176,18 @@ def test_needle_training_resumes_with_its_context_length(tmp_path, no_table, mon
     cut = train(tmp_path / "cut", "--resume", "--device", DEVICE.type)
     assert [row["seq_len"] for row in cut] == ["64"] * 15 + ["128"] * 25
     assert whole == cut or DEVICE.type == "cuda"
+
+
+def test_a_run_from_before_a_setting_existed_resumes(text_run, tmp_path, no_table):
+    saved = torch.load(text_run / "ckpt.pt", weights_only=True)
+    del saved["config"]["recency"], saved["settings"]["recency"], saved["settings"]["encoder_lr"]
+    for group in saved["optimizer"]["param_groups"]:
+        del group["share"]
+    torch.save(saved, tmp_path / "ckpt.pt")
+    shutil.copy(text_run / "log.csv", tmp_path)
+    assert len(train(tmp_path, "--resume", "--steps", 42, "--device", DEVICE.type)) == 42
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--resume", "--recency", "true", "--device", DEVICE.type)
 
 
 def fail_after(function, n):

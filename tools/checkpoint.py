@@ -91,8 +91,9 @@ def check_first(state, path, config, tokenizer):
     if state:
         require(state["tokenizer"] == tokenizer,
                 f"--init_from: {path} has tokens of {state['tokenizer']}, got a corpus of {tokenizer}")
+        first = asdict(DRTConfig(**state["config"]))
         for name, value in asdict(config).items():
-            before, is_free = state["config"][name], name in ("gumbel", "retriever", "top_k")
+            before, is_free = first[name], name in ("gumbel", "retriever", "top_k")
             require(is_free or value == before, f"--init_from: {path} has --{name} {before}, got {value}")
 
 

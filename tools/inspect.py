@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fast.files import atomic_file
 from gca import require
-from model import DRTConfig
+from model import DRTConfig, retrieval_scores
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import EVALUATION, load_corpus, load_tokenizer
 from tools import cli
@@ -216,7 +216,7 @@ def retrieved(model, group, x, landmarks):
     """DRT.retrieve's weights and indices (1, C, K), and the scores r_t,c of these chunks."""
     weights, indices = type(model).retrieve(model, group, x, landmarks)
     query = model.query_norms[group](model.complete_chunks(x)[:, :, -1]).float()            # (1, C, d)
-    scores = query @ landmarks.float().mT * query.shape[-1] ** -0.5
+    scores = retrieval_scores(query, landmarks, *model.recency(group))
     # Row c is to be what chunk c - 1's landmark gave: one row down. One more column, for the empty slots.
     scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]
     return weights, indices, scores.gather(-1, indices.where(indices >= 0, scores.shape[-1] - 1))
