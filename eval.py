@@ -65,7 +65,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 def run_niah(args, device):
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
     given = dict(needle=args.needle, n_needle=args.n_needle, data=args.data)
-    settings = vars(NeedleConfig()) | saved["settings"]
+    settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
     settings |= {name: value for name, value in given.items() if value is not None}
     require(TASKS.get(settings.get("task")) is Needles,
             f"--ckpt must be of a run with --task needles, got --task {settings.get('task')}")
@@ -167,7 +167,7 @@ def run_sample(args, device):
 def run_inspect(args, device):
     """Show what one chunk retrieved, and write the page of all of them."""
     text = None if args.needles is not None else cli.given_text(args)
-    chosen = args.needles, args.questions, args.seed, args.chunk, args.html
+    chosen = args.needles, args.questions, args.seed, args.chunk, args.html, args.best
     return inspect(args.ckpt, device, text, *chosen), None
 
 
@@ -254,6 +254,8 @@ def add_looks(commands):
     text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
     look.add_argument("--questions", type=int, default=1, help="with --needles: at least (%(default)s)")
     look.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
+    look.add_argument("--best", type=int,
+                      help="compare, for so many chunks, what was retrieved with what would have helped most")
     look.add_argument("--html", type=Path, help="write a page of all chunks to this file")
     return sample, look
 
@@ -278,7 +280,7 @@ def main(argv=None):
         cli.check_writable("--out", args.out)
         return plot(args.reports, args.out)
     require(0 <= args.seed < 2 ** 63, f"--seed must be in 0 .. 2 ** 63 - 1, got {args.seed}")
-    for name in ("questions", "tokens", "places", "depths", "documents"):
+    for name in ("questions", "tokens", "places", "depths", "documents", "best"):
         value = getattr(args, name, None)
         require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
     read = [getattr(args, "file", None), *np.atleast_1d(getattr(args, "ckpt", None))]

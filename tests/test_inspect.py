@@ -11,7 +11,7 @@ import eval as evaluation
 from helpers import DEVICE, TEXT, random_tokens, refused, tiny
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import load_corpus
-from tools.inspect import Trace, check_size, first_of_all, needle_traces, visible
+from tools.inspect import Trace, check_size, first_of_all, losses_alone, needle_traces, show_best, visible
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = ("</script><script>document.title='run'</script><img src=x onerror=document.title='run'>&lt; "
@@ -64,6 +64,29 @@ def test_inspect(needle_run, tmp_path, capsys):
     assert "questions retrieved their needle's chunk" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("n_group", [1, 2])
+def test_what_one_chunk_alone_would_give(n_group, capsys):
+    """As by DRT.forward, with a retrieval for this chunk that is replaced by one chunk alone."""
+    model, tokens = tiny(n_layer=4, n_group=n_group), random_tokens(203)
+    alone, as_it_is = losses_alone(model, tokens, 10, torch.tensor([0, 7], device=DEVICE))
+    expected = []
+    for candidate in (0, 7, None):
+        def retrieve(group, x, landmarks, candidate=candidate):
+            weights, indices = type(model).retrieve(model, group, x, landmarks)
+            if candidate is not None:
+                weights[:, 10], indices[:, 10] = torch.eye(4, device=DEVICE)[0], -1
+                indices[:, 10, 0] = candidate
+            return weights, indices
+        model.retrieve = retrieve
+        with torch.no_grad():
+            logits = model(tokens[None])[0][0, 150:165]
+        expected.append(torch.nn.functional.cross_entropy(logits, tokens[151:166]))
+    del model.retrieve
+    torch.testing.assert_close(torch.stack([*alone, as_it_is]), torch.stack(expected), atol=1e-4, rtol=0)
+    show_best(Trace(model, tokens, bytes), model, 3)
+    assert capsys.readouterr().out.startswith("3 chunks have a loss of")
+
+
 def data_of(page):
     return json.loads(re.search(r'application/json">(.*?)</script>', page.read_text(), re.S)[1])
 
@@ -86,7 +109,8 @@ def test_landmarks_in_numbers(capsys):
     ("--prompt x --file y", "not allowed with"), ("--file EMPTY", "--file must hold some text"),
     ("--prompt x --html none/x.html", "--html: no folder none"), ("--needles 0", "1 to 122,880 tokens"),
     ("--prompt x --html /dev/null", "a folder or a device"), ("--needles 999999", "1 to 122,880 tokens"),
-    ("--file EMPTY --html EMPTY", "would be overwritten"),
+    ("--file EMPTY --html EMPTY", "would be overwritten"), ("--prompt x --best 0", "--best must be in 1"),
+    ("--prompt x --best 1", "--best: the text must have 76 tokens or more"),
     ("--needles 20", "for a needle and its question"), ("--needles -5", "1 to 122,880 tokens")])
 def test_inspection_mistakes(flags, message, needle_run, tmp_path, capsys):
     (tmp_path / "empty").touch()

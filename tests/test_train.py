@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+import eval as evaluation
 import train as train_module
 from helpers import DEVICE, ROOT, TEXT_FLAGS, TINY_FLAGS, command, log_of, refused, tiny
 from model import DRT
@@ -188,6 +189,14 @@ def test_a_run_from_before_a_setting_existed_resumes(text_run, tmp_path, no_tabl
     assert len(train(tmp_path, "--resume", "--steps", 42, "--device", DEVICE.type)) == 42
     with pytest.raises(SystemExit):
         train(tmp_path, "--resume", "--recency", "true", "--device", DEVICE.type)
+
+
+def test_needles_of_a_run_from_before_a_setting_existed(needle_run, tmp_path):
+    saved = torch.load(needle_run[0] / "ckpt.pt", weights_only=True)
+    del saved["config"]["recency"], saved["settings"]["recency"]
+    torch.save(saved, tmp_path / "ckpt.pt")
+    for line in (["niah", "--lengths", "128", "--questions", "1"], ["inspect", "--needles", "128"]):
+        evaluation.main([*line, "--ckpt", str(tmp_path / "ckpt.pt"), "--device", DEVICE.type])
 
 
 def fail_after(function, n):

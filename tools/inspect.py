@@ -5,6 +5,7 @@
     trace = Trace(model, tokens, decode)        one text, read once with retrieval and once without
     trace.show(chunk)                           what one chunk retrieved, on the terminal
     trace.page(path)                            all of it, as one HTML file
+    show_best(trace, model, n)                  whether other chunks would have helped more
 """
 import json
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import fast
 from fast.files import atomic_file
 from gca import require
 from model import DRTConfig, retrieval_scores
@@ -29,10 +31,11 @@ RARE = 0.01                 # share of the chunks that hold a rare name, at most
 NATS = 2.0                  # the loss difference that the last shade stands for
 
 
-def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
+def inspect(ckpt, device, text, needles, n_question, seed, chunk, html, n_best):
     """Show what a chunk (None: the last) of a text retrieved, and write the page; returns the run's settings.
 
     needles: in place of the text, so many tokens with needles and questions, of which it shows the last.
+    n_best: of so many chunks, compare what was retrieved with what would have helped most.
     """
     model, saved = load_checkpoint(ckpt, device, RUN_PARTS)
     if needles is None:
@@ -43,7 +46,7 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
         chunk = trace.n_chunk - 1 if chunk is None else chunk
     else:
         check_size(model, needles, chunk)
-        settings = vars(NeedleConfig()) | saved["settings"]
+        settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
         cli.check_types(settings, [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
         corpus = load_corpus(settings["data"])
         require(corpus.tokenizer == saved["tokenizer"],
@@ -57,6 +60,8 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html):
     trace.show(chunk)
     trace.show_landmarks(model.config.window)
     trace.show_names(model.config.window)
+    if n_best:
+        show_best(trace, model, n_best)
     if html:
         trace.page(html, title, chunk)
         print(f"{html} is written.")
@@ -220,6 +225,49 @@ def retrieved(model, group, x, landmarks):
     # Row c is to be what chunk c - 1's landmark gave: one row down. One more column, for the empty slots.
     scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]
     return weights, indices, scores.gather(-1, indices.where(indices >= 0, scores.shape[-1] - 1))
+
+
+@torch.no_grad()
+def losses_alone(model, tokens, chunk, candidates):
+    """Mean losses of a chunk of tokens (T,): if it reads one of the candidates (n,) alone (n,); as it is."""
+    n_text, G, K = model.config.chunk_size - 1, model.config.n_group, model.config.top_k
+    start, stop = chunk * n_text, (chunk + 1) * n_text
+    memory = fast.Memory(model)
+    fast.read(model, tokens[None, :start], memory, "last")
+    weights = torch.zeros(1, 1, K, device=tokens.device)
+    weights[..., 0] = 1                                     # one chunk has all of the weight
+
+    def loss(serving):
+        fork = memory.fork()
+        fork.serving = serving or fork.serving              # what the chunk to come will attend to
+        logits = fast.read(model, tokens[None, start:stop], fork)[0]
+        return F.cross_entropy(logits.float(), tokens[start + 1:stop + 1])
+
+    indices = torch.full((len(candidates), 1, 1, K), -1, device=tokens.device)
+    indices[..., 0] = candidates[:, None, None]
+    return torch.stack([loss([(weights, index)] * G) for index in indices]), loss(None)
+
+
+def show_best(trace, model, n):
+    """Print what the best chunk beyond the window would give n chunks in the second half of the text."""
+    tokens = torch.tensor(trace.tokens, device=model.embedding.weight.device)
+    window = -(-model.config.window // trace.n_text)
+    last = (len(tokens) - 1) // trace.n_text - 1            # the last chunk whose next tokens are all known
+    first = max(last // 2, window + 2)
+    require(first <= last, f"--best: the text must have {(window + 3) * trace.n_text + 1:,} tokens or more, "
+            f"for chunks that lie beyond the window, got {len(tokens):,}")
+    rows = []
+    for chunk in np.linspace(first, last, min(n, last - first + 1)).round().astype(int).tolist():
+        candidates = torch.arange(chunk - window, device=tokens.device)
+        alone, as_it_is = losses_alone(model, tokens, chunk, candidates)
+        chosen = {index for group in range(len(trace.indices)) for index, *_ in trace.best(group, chunk)}
+        is_chosen = int(alone.argmin()) in chosen
+        by_chance = sum(index < len(candidates) for index in chosen) / len(candidates)
+        rows.append([as_it_is, alone.mean(), alone.min(), is_chosen, by_chance])
+    as_it_is, mean, best, hit, chance = torch.tensor(rows).mean(0).tolist()
+    print(f"{len(rows)} chunks have a loss of {as_it_is:.3f} with all that they retrieved; if each read one "
+          f"chunk alone from beyond the window, {mean:.3f} on average and {best:.3f} with the best one, "
+          f"which is among those retrieved in {100 * hit:.0f}% (by chance, {100 * chance:.0f}%)")
 
 
 def needle_traces(model, task, length, n_question, seed):
