@@ -218,7 +218,7 @@ def add_measurements(commands):
     ppl = cli.add_command(commands, "ppl", "Perplexity of unseen text by context length: "
                           "the same tokens, after more or less context.")
     ppl.add_argument("--lengths", type=lengths, help="tokens of context, separated by commas; "
-                     "default: 1024, 2048, .. 65536")
+                     "default: 64, 256, .. 65536")
     ppl.add_argument("--places", type=int,
                      help=f"at each, {N_SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
     ppl.add_argument("--retriever", choices=RETRIEVERS,

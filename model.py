@@ -41,7 +41,7 @@ class DRTConfig:
     softmax_one: bool = True    # softmax-off-by-one in GCA: a token may take nothing from a chunk
     gca_residual: bool = True   # True: GCA's output stays in the residual stream; False: only the MLP sees it
     gumbel: bool = True         # Gumbel noise on the ranking in training: exploration
-    recency: bool = False       # not in the paper: scores fall with the log of distance, as far as learned
+    recency: bool = False       # not in the paper: scores fall with the log of the distance (learned)
     retriever: str = "learned"  # ablations: random, or last: the last K chunks, weighted equally
 
     def __post_init__(self):
@@ -227,7 +227,7 @@ def log_distance(t, c, near):
 def retrieval_scores(query, landmarks, decay=None, near=1):
     """r_t,c = q_t . l_c / sqrt(d): query, landmarks (B, C, d) -> (B, C, C) of chunks t and c, float32.
 
-    decay: of DRTConfig.recency, a scalar: how much r falls with the log of the distance beyond `near` chunks.
+    decay (DRTConfig.recency): a scalar; it times the log of the distance beyond `near` chunks is subtracted.
     """
     scores = query.float() @ landmarks.float().mT * query.shape[-1] ** -0.5
     if decay is not None:
@@ -237,7 +237,7 @@ def retrieval_scores(query, landmarks, decay=None, near=1):
 
 
 def retrieve(query, landmarks, top_k, explore=False, retriever="learned", decay=None, near=1):
-    """For each chunk t, the K strictly earlier chunks with the highest scores r_t,c, as above.
+    """For each chunk t, the K strictly earlier chunks c with the highest retrieval_scores() r_t,c.
 
     query, landmarks (B, C, d) -> weights, indices (B, C, K); index -1 where a slot is empty. explore: Gumbel
     noise changes which chunks are chosen, but not their weights. retriever: as in DRTConfig.
@@ -331,13 +331,13 @@ class DRT(nn.Module):
         explore = self.config.gumbel and self.training and torch.is_grad_enabled()      # not in validation
         with torch.autocast(x.device.type, enabled=False):                      # ranking needs full precision
             weights, indices = retrieve(query, landmarks, self.config.top_k, explore, self.config.retriever,
-                                        *self.recency(group))
+                                        *self.decay_and_near(group))
         # Shifted by one chunk: chunk 0 gets nothing, and nobody gets what the last landmark found.
         weights = F.pad(weights, (0, 0, 1, 0))[:, :n_chunk]
         return weights, F.pad(indices, (0, 0, 1, 0), value=-1)[:, :n_chunk]
 
-    def recency(self, group):
-        """decay and near of retrieval_scores(): inside the window, the distance does not matter."""
+    def decay_and_near(self, group):
+        """For retrieval_scores(): inside the window, the distance does not matter."""
         decay = self.decay[group].float() if self.config.recency else None
         return decay, max(1, self.config.window // self.config.chunk_size)
 

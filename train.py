@@ -78,6 +78,11 @@ PRESETS = {
     "code": LM | dict(data="data/code", n_layer=8, n_encoder=0, n_embd=384, n_head=6, top_k=16,
                       gca_residual=True, gumbel=False, recency=True, start_len=1008, seq_len=8064,
                       batch_size=32, batch_tokens=32256, steps=4800, warmup=100, validate_every=400),
+    "code-cpu": LM | dict(data="data/code-cpu", n_layer=4, n_encoder=1, n_embd=64, n_head=4, chunk_size=32,
+                          window=32, top_k=4, gca_residual=True, gumbel=False, recency=True,
+                          encoder_identity=True, encoder_lr=0.1, seq_len=1984, batch_size=1,
+                          batch_tokens=1984, steps=2400, lr=4e-3, warmup=100, validate_every=400,
+                          compile=False),
     "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
                        gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=64,
                        batch_tokens=64512, steps=3000, warmup=100, validate_every=100),
@@ -159,13 +164,13 @@ def learning_rate(step, config):
 
 
 def make_optimizer(model, config):
-    """AdamW as the paper has it, with weight decay on matrices only; the encoder may learn slower."""
-    groups = {}
+    """AdamW as the paper has it, with weight decay on matrices only; encoder layers may learn slower."""
+    kinds = {(1.0, True): [], (1.0, False): []}             # (share of lr, is a matrix): its parameters
     for name, p in model.named_parameters():
         share = config.encoder_lr if name.startswith("encoder.layers.") else 1.0
-        groups.setdefault((share, p.dim() >= 2), []).append(p)
+        kinds.setdefault((share, p.dim() >= 2), []).append(p)
     groups = [dict(params=params, share=share, weight_decay=config.weight_decay if is_matrix else 0.0)
-              for (share, is_matrix), params in groups.items()]
+              for (share, is_matrix), params in kinds.items()]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -203,7 +208,8 @@ def settings(args, device, saved, first=None):
     defaults = {f.name: f.default for f in FIELDS}
     if not saved:
         preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-        model = {name: value for name, value in first["config"].items() if name in defaults} if first else {}
+        model = asdict(DRTConfig(**first["config"])) if first else {}
+        model.pop("vocab_size", None)                                           # the corpus has that
         if first:
             require(not given.get("encoder_identity"), "--encoder_identity must be left out with --init_from")
             model["encoder_identity"] = False

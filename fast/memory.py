@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from fast.files import Damaged, atomic_file, load_saved
 from gca import jit, require, triton
-from model import alibi_slopes, band_bias
+from model import DRTConfig, alibi_slopes, band_bias
 
 if triton:
     import triton.language as tl
@@ -330,7 +330,8 @@ class Memory:
         """The memory in a file that save() wrote; ValueError if it is none, damaged, or another model's."""
         require(Path(path).is_file(), f"no memory file at {path}")
         state = load_saved(path, "a memory that Memory.save wrote", PARTS)
-        require(state["config"] == asdict(model.config) and state["weights"] == fingerprint(model),
+        config = vars(DRTConfig()) | state["config"]    # what it lacks has its default
+        require(config == vars(model.config) and state["weights"] == fingerprint(model),
                 f"{path} must be a memory of this model; another model's weights wrote it")
         if not holds_its_length(state, model.config):
             raise Damaged(f"{path} is damaged: its tensors are not those of {state['length']} tokens")

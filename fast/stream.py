@@ -163,7 +163,7 @@ def retrieve_for_group(model, g, x, grid, memory):
         query = model.query_norms[g](grid.landmarks(x))                 # (B, whole, d)
         with torch.autocast(x.device.type, enabled=False):              # ranking needs full precision
             new_weights, new_indices = retrieve(query, memory.landmarks(), grid.first, model.config.top_k,
-                                                model.config.retriever, *model.recency(g))
+                                                model.config.retriever, *model.decay_and_near(g))
         weights, indices = torch.cat([weights, new_weights], dim=1), torch.cat([indices, new_indices], dim=1)
         memory.serving[g] = copy_of(weights[:, -1:]), copy_of(indices[:, -1:])
         weights, indices = weights[:, :grid.chunks], indices[:, :grid.chunks]

@@ -208,7 +208,7 @@ class Text:
         require(n_scored, f"--data: {self.corpus.name} has no document of two tokens or more to measure on")
         if not lengths:
             longest = int(sizes.max()) - n_scored
-            lengths = [2 ** i for i in range(10, 17) if 2 ** i <= longest] or [longest]
+            lengths = [4 ** i for i in range(3, 9) if 4 ** i <= longest] or [longest]       # 64 to 65,536
         where = places(starts, sizes, max(lengths), n_scored, n_place or 8,
                        np.random.default_rng([EVALUATION, seed]))
         return text, where, n_scored, lengths

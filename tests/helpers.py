@@ -23,7 +23,7 @@ def tiny(seed=0, **config):
     torch.manual_seed(seed)
     model = DRT(DRTConfig(**dict(n_encoder=1) | config)).to(DEVICE).eval()
     if model.config.recency:
-        torch.nn.init.constant_(model.decay, 0.7)               # at its start, 0, nothing would be seen
+        model.decay.data = torch.linspace(0.4, 0.8, config.get("n_group", 1)).to(DEVICE)        # begins at 0
     return model
 
 

@@ -83,8 +83,16 @@ def test_what_one_chunk_alone_would_give(n_group, capsys):
         expected.append(torch.nn.functional.cross_entropy(logits, tokens[151:166]))
     del model.retrieve
     torch.testing.assert_close(torch.stack([*alone, as_it_is]), torch.stack(expected), atol=1e-4, rtol=0)
-    show_best(Trace(model, tokens, bytes), model, 3)
-    assert capsys.readouterr().out.startswith("3 chunks have a loss of")
+    trace, rows = Trace(model, tokens, bytes), []
+    for chunk in (6, 9, 12):                            # of 0 .. 12 with all their next tokens
+        alone, as_it_is = losses_alone(model, tokens, chunk, torch.arange(chunk - 1, device=DEVICE))
+        chosen = {index for group in range(n_group) for index, *_ in trace.best(group, chunk)}
+        hit, chance = int(alone.argmin()) in chosen, len(chosen - {chunk - 1}) / (chunk - 1)
+        rows.append([as_it_is, alone.mean(), alone.min(), 100 * hit, 100 * chance])
+    show_best(trace, model, 3)
+    said = [float(x) for x in re.findall(r"\d+\.\d+|\d+(?=%)", capsys.readouterr().out)]
+    assert said == pytest.approx(torch.tensor(rows).mean(0).tolist(), abs=0.51) and len(said) == 5
+    assert said[:3] == pytest.approx(torch.tensor(rows).mean(0)[:3].tolist(), abs=1e-3)
 
 
 def data_of(page):
@@ -110,7 +118,7 @@ def test_landmarks_in_numbers(capsys):
     ("--prompt x --html none/x.html", "--html: no folder none"), ("--needles 0", "1 to 122,880 tokens"),
     ("--prompt x --html /dev/null", "a folder or a device"), ("--needles 999999", "1 to 122,880 tokens"),
     ("--file EMPTY --html EMPTY", "would be overwritten"), ("--prompt x --best 0", "--best must be in 1"),
-    ("--prompt x --best 1", "--best: the text must have 76 tokens or more"),
+    ("--prompt x --best 1", "--best: the text must have 61 tokens or more"),
     ("--needles 20", "for a needle and its question"), ("--needles -5", "1 to 122,880 tokens")])
 def test_inspection_mistakes(flags, message, needle_run, tmp_path, capsys):
     (tmp_path / "empty").touch()

@@ -89,7 +89,7 @@ def test_recency_lowers_scores_by_the_log_of_the_distance_beyond_the_window():
     (weights * torch.randn_like(weights)).sum().backward()
     assert decay.grad != 0
     model = tiny(recency=True, window=50, n_layer=4, n_group=2)                 # 3 whole chunks of 16
-    assert model.recency(1)[0] == model.decay[1] and model.recency(1)[1] == 3
+    assert model.decay_and_near(1)[0] == model.decay[1] and model.decay_and_near(1)[1] == 3
     far = model(tokens := random_tokens(1, 400))[0]
     torch.nn.init.zeros_(model.decay)
     without = tiny(window=50, n_layer=4, n_group=2)

@@ -179,22 +179,25 @@ def test_needle_training_resumes_with_its_context_length(tmp_path, no_table, mon
     assert whole == cut or DEVICE.type == "cuda"
 
 
-def test_a_run_from_before_a_setting_existed_resumes(text_run, tmp_path, no_table):
+def test_a_run_from_before_a_setting_existed_resumes(text_run, tmp_path, no_table, capsys):
     saved = torch.load(text_run / "ckpt.pt", weights_only=True)
+    assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.001, 0.0]   # as ever
     del saved["config"]["recency"], saved["settings"]["recency"], saved["settings"]["encoder_lr"]
     for group in saved["optimizer"]["param_groups"]:
         del group["share"]
     torch.save(saved, tmp_path / "ckpt.pt")
     shutil.copy(text_run / "log.csv", tmp_path)
     assert len(train(tmp_path, "--resume", "--steps", 42, "--device", DEVICE.type)) == 42
-    with pytest.raises(SystemExit):
-        train(tmp_path, "--resume", "--recency", "true", "--device", DEVICE.type)
+    error = refused(capsys, train_module.main, "--resume", "--out", tmp_path, "--recency", "true")
+    assert "has --recency False, got True" in error
 
 
-def test_needles_of_a_run_from_before_a_setting_existed(needle_run, tmp_path):
+def test_a_model_from_before_a_setting_existed(needle_run, tmp_path):
     saved = torch.load(needle_run[0] / "ckpt.pt", weights_only=True)
     del saved["config"]["recency"], saved["settings"]["recency"]
     torch.save(saved, tmp_path / "ckpt.pt")
+    args = train_module.make_parser().parse_args(["--preset", "code"])      # with recency
+    assert train_module.settings(args, DEVICE, None, saved)["recency"] is False
     for line in (["niah", "--lengths", "128", "--questions", "1"], ["inspect", "--needles", "128"]):
         evaluation.main([*line, "--ckpt", str(tmp_path / "ckpt.pt"), "--device", DEVICE.type])
 

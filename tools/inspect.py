@@ -220,8 +220,8 @@ def losses(model, tokens, retrieve):
 def retrieved(model, group, x, landmarks):
     """DRT.retrieve's weights and indices (1, C, K), and the scores r_t,c of these chunks."""
     weights, indices = type(model).retrieve(model, group, x, landmarks)
-    query = model.query_norms[group](model.complete_chunks(x)[:, :, -1]).float()            # (1, C, d)
-    scores = retrieval_scores(query, landmarks, *model.recency(group))
+    query = model.query_norms[group](model.complete_chunks(x)[:, :, -1])                    # (1, C, d)
+    scores = retrieval_scores(query, landmarks, *model.decay_and_near(group))
     # Row c is to be what chunk c - 1's landmark gave: one row down. One more column, for the empty slots.
     scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]
     return weights, indices, scores.gather(-1, indices.where(indices >= 0, scores.shape[-1] - 1))
@@ -229,7 +229,7 @@ def retrieved(model, group, x, landmarks):
 
 @torch.no_grad()
 def losses_alone(model, tokens, chunk, candidates):
-    """Mean losses of a chunk of tokens (T,): if it reads one of the candidates (n,) alone (n,); as it is."""
+    """Mean losses of a chunk's next tokens: (n,), reading each candidate chunk (n,) alone; and as it is."""
     n_text, G, K = model.config.chunk_size - 1, model.config.n_group, model.config.top_k
     start, stop = chunk * n_text, (chunk + 1) * n_text
     memory = fast.Memory(model)
@@ -251,7 +251,7 @@ def losses_alone(model, tokens, chunk, candidates):
 def show_best(trace, model, n):
     """Print what the best chunk beyond the window would give n chunks in the second half of the text."""
     tokens = torch.tensor(trace.tokens, device=model.embedding.weight.device)
-    window = -(-model.config.window // trace.n_text)
+    window = max(1, model.config.window // trace.n_text)    # chunks further back are beyond it
     last = (len(tokens) - 1) // trace.n_text - 1            # the last chunk whose next tokens are all known
     first = max(last // 2, window + 2)
     require(first <= last, f"--best: the text must have {(window + 3) * trace.n_text + 1:,} tokens or more, "
