@@ -41,11 +41,11 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html, n_best):
     if needles is None:
         tokenizer = load_tokenizer(saved["tokenizer"])
         ids = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
-        check_size(model, len(ids), chunk)
+        check_size(model, len(ids), chunk, n_best)
         trace, title = Trace(model, ids, tokenizer.decode_bytes), "What it retrieves"
         chunk = trace.n_chunk - 1 if chunk is None else chunk
     else:
-        check_size(model, needles, chunk)
+        check_size(model, needles, chunk, n_best)
         settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
         cli.check_types(settings, [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
         corpus = load_corpus(settings["data"])
@@ -58,8 +58,8 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html, n_best):
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
         print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
     trace.show(chunk)
-    trace.show_landmarks(model.config.window)
-    trace.show_names(model.config.window)
+    trace.show_landmarks(chunks_in_window(model))
+    trace.show_names(chunks_in_window(model))
     if n_best:
         show_best(trace, model, n_best)
     if html:
@@ -68,7 +68,12 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html, n_best):
     return saved["settings"]
 
 
-def check_size(model, n_token, chunk):
+def chunks_in_window(model):
+    """How many chunks before its own a token can see at least a part of, at most."""
+    return -(-model.config.window // model.config.chunk_size)
+
+
+def check_size(model, n_token, chunk, n_best=None):
     """ValueError for a text or a chunk that cannot be shown, before it is read."""
     require(model.config.n_group, "--ckpt must be of a DRT: a base LM (--n_group 0) retrieves nothing")
     n_text = model.config.chunk_size - 1
@@ -76,6 +81,9 @@ def check_size(model, n_token, chunk):
     require(1 <= n_token <= most, f"the text must have 1 to {most:,} tokens, got {n_token:,}")
     n_chunk = -(-n_token // n_text)
     require(chunk is None or 0 <= chunk < n_chunk, f"--chunk must be in 0 .. {n_chunk - 1}, got {chunk}")
+    least = (chunks_in_window(model) + 3) * n_text + 1
+    require(not n_best or n_token >= least, f"--best: the text must have {least:,} tokens or more, for "
+            f"chunks that lie beyond the window, got {n_token:,}")
 
 
 class Trace:
@@ -132,7 +140,7 @@ class Trace:
         gain = self.gain[start:start + self.n_text].sum()
         print(f"{gain:+.2f} nats gained on this chunk, over reading all of the text without retrieval")
 
-    def show_landmarks(self, window):
+    def show_landmarks(self, near):
         """Print how alike landmarks are, over how many chunks weights spread, and where these chunks are."""
         n, K = len(self.landmarks), self.indices.shape[2]
         full = (self.indices >= 0).all(2)                                       # (G, C) with K chunks each
@@ -142,15 +150,15 @@ class Trace:
         cosine = (unit.sum(0).square().sum() - n) / (n * (n - 1))               # mean over all pairs
         weights, indices = self.weights[full], self.indices[full]               # (chunks, K)
         spread = (-(weights * weights.clamp(min=1e-9).log()).sum(1)).exp().mean()
-        distance = (torch.arange(self.n_chunk).expand(len(full), -1)[full][:, None] - indices) * self.n_text
-        far = (distance > window).float().mean()
+        distance = torch.arange(self.n_chunk).expand(len(full), -1)[full][:, None] - indices
+        far = (distance > near).float().mean()              # near: chunks_in_window()
         counts = indices.flatten().bincount(minlength=n).sort(descending=True).values
         popular = counts[:max(1, n // 10)].sum() / counts.sum()
         print(f"landmarks: mean cosine {cosine:.3f}; {K} chunks weigh as {spread:.1f} equal ones would; "
               f"{100 * far:.0f}% of them lie beyond the window; the most popular tenth of all chunks has "
               f"{100 * popular:.0f}% of the retrievals")
 
-    def show_names(self, window):
+    def show_names(self, near):
         """Print how many chunks from beyond the window share a rare name with the chunk they served."""
         found = [NAMES.findall(self.text(c)) for c in range(self.n_chunk)]
         holders = {}                            # of each name: the chunks that hold it
@@ -159,7 +167,7 @@ class Trace:
                 holders.setdefault(name, set()).add(c)
         n, hits, by_chance = 0, 0, 0.0
         for c, names in enumerate(found):
-            end = c - window // self.n_text     # chunks before this one are beyond the window
+            end = c - near                      # chunks before this one are beyond the window
             rare = [holders[name] for name in set(names) if len(holders[name]) <= max(2, self.n_chunk * RARE)]
             related = {other for chunks in rare for other in chunks if other < end}
             far = [index for g in range(len(self.indices)) for index, *_ in self.best(g, c) if index < end]
@@ -251,22 +259,19 @@ def losses_alone(model, tokens, chunk, candidates):
 def show_best(trace, model, n):
     """Print what the best chunk beyond the window would give n chunks in the second half of the text."""
     tokens = torch.tensor(trace.tokens, device=model.embedding.weight.device)
-    window = max(1, model.config.window // trace.n_text)    # chunks further back are beyond it
+    near = chunks_in_window(model)
     last = (len(tokens) - 1) // trace.n_text - 1            # the last chunk whose next tokens are all known
-    first = max(last // 2, window + 2)
-    require(first <= last, f"--best: the text must have {(window + 3) * trace.n_text + 1:,} tokens or more, "
-            f"for chunks that lie beyond the window, got {len(tokens):,}")
-    rows = []
+    first, rows = max(last // 2, near + 2), []
     for chunk in np.linspace(first, last, min(n, last - first + 1)).round().astype(int).tolist():
-        candidates = torch.arange(chunk - window, device=tokens.device)
+        candidates = torch.arange(chunk - near, device=tokens.device)
         alone, as_it_is = losses_alone(model, tokens, chunk, candidates)
         chosen = {index for group in range(len(trace.indices)) for index, *_ in trace.best(group, chunk)}
         is_chosen = int(alone.argmin()) in chosen
         by_chance = sum(index < len(candidates) for index in chosen) / len(candidates)
         rows.append([as_it_is, alone.mean(), alone.min(), is_chosen, by_chance])
     as_it_is, mean, best, hit, chance = torch.tensor(rows).mean(0).tolist()
-    print(f"{len(rows)} chunks have a loss of {as_it_is:.3f} with all that they retrieved; if each read one "
-          f"chunk alone from beyond the window, {mean:.3f} on average and {best:.3f} with the best one, "
+    print(f"loss of chunks, {len(rows)} looked at: {as_it_is:.3f} with all that they retrieved; if they read "
+          f"one chunk alone from beyond the window, {mean:.3f} on average and {best:.3f} with the best one, "
           f"which is among those retrieved in {100 * hit:.0f}% (by chance, {100 * chance:.0f}%)")
 
 
