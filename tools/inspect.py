@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import fast
 from fast.files import atomic_file
@@ -60,11 +61,11 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html, n_best):
     trace.show(chunk)
     trace.show_landmarks(chunks_in_window(model))
     trace.show_names(chunks_in_window(model))
-    if n_best:
-        show_best(trace, model, n_best)
     if html:
         trace.page(html, title, chunk)
         print(f"{html} is written.")
+    if n_best:
+        show_best(trace, model, n_best)
     return saved["settings"]
 
 
@@ -262,7 +263,8 @@ def show_best(trace, model, n):
     near = chunks_in_window(model)
     last = (len(tokens) - 1) // trace.n_text - 1            # the last chunk whose next tokens are all known
     first, rows = max(last // 2, near + 2), []
-    for chunk in np.linspace(first, last, min(n, last - first + 1)).round().astype(int).tolist():
+    chunks = np.linspace(first, last, min(n, last - first + 1)).round().astype(int).tolist()
+    for chunk in tqdm(chunks, leave=False, unit="chunk", disable=None):         # only on a terminal
         candidates = torch.arange(chunk - near, device=tokens.device)
         alone, as_it_is = losses_alone(model, tokens, chunk, candidates)
         chosen = {index for group in range(len(trace.indices)) for index, *_ in trace.best(group, chunk)}

@@ -93,6 +93,7 @@ def save(figure, path):
         figure.savefig(path, dpi=150)
     except ValueError as error:                             # of the name's ending
         raise ValueError(f"--out: {path}: {error}") from None
+    print(f"{path} is written.")
 
 
 def curves(tables):
