@@ -11,7 +11,8 @@ import eval as evaluation
 from helpers import DEVICE, TEXT, random_tokens, refused, tiny
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import load_corpus
-from tools.inspect import Trace, check_size, first_of_all, losses_alone, needle_traces, show_best, visible
+from tools.best import losses_alone, show_best
+from tools.inspect import Trace, check_size, first_of_all, needle_traces, visible
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = ("</script><script>document.title='run'</script><img src=x onerror=document.title='run'>&lt; "
@@ -89,7 +90,7 @@ def test_what_one_chunk_alone_would_give(n_group, capsys):
         chosen = {index for group in range(n_group) for index, *_ in trace.best(group, chunk)}
         hit, chance = int(alone.argmin()) in chosen, len(chosen - {chunk - 1}) / (chunk - 1)
         rows.append([as_it_is, alone.mean(), alone.min(), 100 * hit, 100 * chance])
-    show_best(trace, model, 3)
+    show_best(trace, model, 1, 3)
     said = [float(x) for x in re.findall(r"\d+\.\d+|\d+(?=%)|\d+(?= look)", capsys.readouterr().out)]
     assert said[0] == 3 and said[1:] == pytest.approx(torch.tensor(rows).mean(0).tolist(), abs=0.51)
     assert said[1:4] == pytest.approx(torch.tensor(rows).mean(0)[:3].tolist(), abs=1e-3) and len(said) == 6

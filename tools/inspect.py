@@ -5,7 +5,6 @@
     trace = Trace(model, tokens, decode)        one text, read once with retrieval and once without
     trace.show(chunk)                           what one chunk retrieved, on the terminal
     trace.page(path)                            all of it, as one HTML file
-    show_best(trace, model, n)                  whether other chunks would have helped more
 """
 import json
 import re
@@ -14,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import fast
 from fast.files import atomic_file
 from gca import require
 from model import DRTConfig, retrieval_scores
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import EVALUATION, load_corpus, load_tokenizer
 from tools import cli
+from tools.best import show_best
 from tools.checkpoint import RUN_PARTS, load_checkpoint
 
 MOST = 2 ** 13              # chunks: scores of all pairs of them are held at once
@@ -65,7 +63,7 @@ def inspect(ckpt, device, text, needles, n_question, seed, chunk, html, n_best):
         trace.page(html, title, chunk)
         print(f"{html} is written.")
     if n_best:
-        show_best(trace, model, n_best)
+        show_best(trace, model, chunks_in_window(model), n_best)
     return saved["settings"]
 
 
@@ -234,47 +232,6 @@ def retrieved(model, group, x, landmarks):
     # Row c is to be what chunk c - 1's landmark gave: one row down. One more column, for the empty slots.
     scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]
     return weights, indices, scores.gather(-1, indices.where(indices >= 0, scores.shape[-1] - 1))
-
-
-@torch.no_grad()
-def losses_alone(model, tokens, chunk, candidates):
-    """Mean losses of a chunk's next tokens: (n,), reading each candidate chunk (n,) alone; and as it is."""
-    n_text, G, K = model.config.chunk_size - 1, model.config.n_group, model.config.top_k
-    start, stop = chunk * n_text, (chunk + 1) * n_text
-    memory = fast.Memory(model)
-    fast.read(model, tokens[None, :start], memory, "last")
-    weights = torch.zeros(1, 1, K, device=tokens.device)
-    weights[..., 0] = 1                                     # one chunk has all of the weight
-
-    def loss(serving):
-        fork = memory.fork()
-        fork.serving = serving or fork.serving              # what the chunk to come will attend to
-        logits = fast.read(model, tokens[None, start:stop], fork)[0]
-        return F.cross_entropy(logits.float(), tokens[start + 1:stop + 1])
-
-    indices = torch.full((len(candidates), 1, 1, K), -1, device=tokens.device)
-    indices[..., 0] = candidates[:, None, None]
-    return torch.stack([loss([(weights, index)] * G) for index in indices]), loss(None)
-
-
-def show_best(trace, model, n):
-    """Print what the best chunk beyond the window would give n chunks in the second half of the text."""
-    tokens = torch.tensor(trace.tokens, device=model.embedding.weight.device)
-    near = chunks_in_window(model)
-    last = (len(tokens) - 1) // trace.n_text - 1            # the last chunk whose next tokens are all known
-    first, rows = max(last // 2, near + 2), []
-    chunks = np.linspace(first, last, min(n, last - first + 1)).round().astype(int).tolist()
-    for chunk in tqdm(chunks, leave=False, unit="chunk", disable=None):         # only on a terminal
-        candidates = torch.arange(chunk - near, device=tokens.device)
-        alone, as_it_is = losses_alone(model, tokens, chunk, candidates)
-        chosen = {index for group in range(len(trace.indices)) for index, *_ in trace.best(group, chunk)}
-        is_chosen = int(alone.argmin()) in chosen
-        by_chance = sum(index < len(candidates) for index in chosen) / len(candidates)
-        rows.append([as_it_is, alone.mean(), alone.min(), is_chosen, by_chance])
-    as_it_is, mean, best, hit, chance = torch.tensor(rows).mean(0).tolist()
-    print(f"loss of chunks, {len(rows)} looked at: {as_it_is:.3f} with all that they retrieved; if they read "
-          f"one chunk alone from beyond the window, {mean:.3f} on average and {best:.3f} with the best one, "
-          f"which is among those retrieved in {100 * hit:.0f}% (by chance, {100 * chance:.0f}%)")
 
 
 def needle_traces(model, task, length, n_question, seed):
