@@ -1,4 +1,5 @@
 """Runs that many tests look at; and Triton's interpreter where there is no GPU."""
+import fcntl
 import os
 
 import pytest
@@ -16,15 +17,28 @@ from stand_in import cuda_graphs  # noqa: E402, F401
 
 @pytest.fixture(scope="session")
 def needle_run(tmp_path_factory):
-    """The folder of a needle run of 20 steps, and what it printed."""
-    out = tmp_path_factory.mktemp("needles")
+    """The folder of a needle run of 20 steps, and what it printed. To be read only."""
     flags = *TINY_FLAGS, "--n_value", 1, "--n_needle", 8, "--steps", 20, "--seq_len", 64
-    return out, command("train.py", "--out", out, *flags).stdout
+    return run_once(tmp_path_factory, "needles", flags)
 
 
 @pytest.fixture(scope="session")
 def text_run(tmp_path_factory):
-    """The folder of a language-model run of 40 steps."""
-    out = tmp_path_factory.mktemp("text")
-    assert "bits_per_byte" in command("train.py", "--out", out, *TEXT_FLAGS).stdout
+    """The folder of a language-model run of 40 steps. To be read only."""
+    out, printed = run_once(tmp_path_factory, "text", TEXT_FLAGS)
+    assert "bits_per_byte" in printed
     return out
+
+
+def run_once(tmp_path_factory, name, flags):
+    """A run for all of xdist's workers: the first one that needs it trains it, the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out, printed = folder / name, folder / f"{name}.txt"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            text = command("train.py", "--out", out, *flags).stdout
+            printed.write_text(text, encoding="utf-8")
+    return out, printed.read_text(encoding="utf-8")

@@ -19,10 +19,10 @@ def run(needle_run):
     return needle_run[0]
 
 
-def test_niah(run, capsys):
+def test_niah(run, tmp_path, capsys):
     reports = []
     for use_fast in ("true", "false"):
-        out = run.parent / f"{use_fast}.json"
+        out = tmp_path / f"{use_fast}.json"
         measure("niah", "--ckpt", run / "ckpt.pt", "--lengths", "128,1000", "--questions", 8, "--json", out,
                 "--fast", use_fast, *ON)
         printed = capsys.readouterr().out
