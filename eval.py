@@ -81,7 +81,7 @@ def run_niah(args, device):
                    n_depth=args.depths)
     if args.depths:
         cli.print_grid(rows)
-    return settings, rows
+    return settings | task.measured_on(), rows
 
 
 def run_ppl(args, device):
@@ -100,9 +100,7 @@ def run_ppl(args, device):
     reader = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     rows = measure(task, {names[path]: models[path] for path in models}, reader, args.lengths, args.places,
                    args.seed, split=args.split)
-    split = args.split or ("test" if corpus.test is not None else "val")
-    measured = dict(data=str(corpus.name), split=split, documents=(corpus.names or {}).get(split))
-    return {names[path]: settings[path] | measured for path in models}, rows
+    return {names[path]: settings[path] | task.measured_on(args.split) for path in models}, rows
 
 
 def run_summarize(args, device):
@@ -115,11 +113,12 @@ def run_summarize(args, device):
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
         check_tokenizer(corpus, saved, path)
         models[names[path]] = model
-        reports[names[path]] = vars(SummaryConfig()) | saved["settings"] | dict(data=str(corpus.name))
+        reports[names[path]] = vars(SummaryConfig()) | saved["settings"]
     reader, rows = Reader(device, cli.pick_dtype(args.dtype, device)), []
     for name, model in models.items():
         task = Summaries(reports[name], corpus)
         rows += measure(task, {name: model}, reader, None, args.documents, args.seed, split=args.split)
+        reports[name] |= task.measured_on(args.split)
         examples[name] = task.examples
     for i, (kind, lead, references, _) in enumerate(next(iter(examples.values()))):
         print(f"\n{kind}  {visible(lead)[:100]}\n  true: {visible(references[0])[:300]}")

@@ -317,7 +317,7 @@ def final_table(out, task, device, config):
     print(f"{task.TITLE} ({cli.hardware(device)}):")
     read = evaluation.Reader(device, cli.pick_dtype(config.dtype, device), config.fast)
     rows = evaluation.measure(task, {out.absolute().name: model}, read)
-    cli.save_report(out / task.REPORT, saved["settings"], device, rows)
+    cli.save_report(out / task.REPORT, saved["settings"] | task.measured_on(), device, rows)
     print(f"{out}/{task.REPORT} is written.")
 
 

@@ -129,6 +129,9 @@ class Needles:
             return min(2 * length, self.settings["seq_len"])
         return length
 
+    def measured_on(self):                  # the haystack
+        return self.corpus.describe("val")
+
     def measure(self, model, read, lengths=None, n_question=None, seed=0, n_depth=None):
         """Accuracy of the answers by context length, a row each; read: as eval.py's Reader.
 

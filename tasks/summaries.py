@@ -153,6 +153,9 @@ class Summaries:
     def next_length(self, length, step, score):
         return length
 
+    def measured_on(self, split=None):
+        return self.corpus.describe(self.corpus.unseen(split))
+
     def measure(self, model, read, lengths=None, n=None, seed=0, split=None):
         """A row for each kind of document: loss of the true summaries, and ROUGE of generated ones (greedy).
 
@@ -162,7 +165,7 @@ class Summaries:
         the loss alone. The first documents of a kind are kept in self.examples.
         """
         n = n or (400 if model.embedding.weight.is_cuda else 20)
-        split = split or ("val" if self.corpus.test is None else "test")
+        split = self.corpus.unseen(split)
         require(split in self.expected, f"--split must be val: {self.corpus.name} has no test split")
         pairs, expected = Pairs(getattr(self.corpus, split), self.separator), self.expected[split]
         self.examples, rng = [], np.random.default_rng([EVALUATION, seed])

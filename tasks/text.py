@@ -67,6 +67,12 @@ class Corpus(NamedTuple):
     references: dict = None     # every second document is a summary: {split: hash of SPLIT.jsonl}
     names: dict = None          # {split: names of its documents}, where they have names
 
+    def unseen(self, split=None):           # the split to measure on
+        return split or ("val" if self.test is None else "test")
+
+    def describe(self, split):              # for a report
+        return dict(data=str(self.name), split=split, documents=(self.names or {}).get(split))
+
 
 def load_corpus(name):
     """`stdlib`, or a folder that tools/prepare.py made, read as it is needed; ValueError if there is none."""
@@ -202,7 +208,7 @@ class Text:
 
         Where all documents are short, half a document is scored after the other half.
         """
-        text = self.corpus.val if split == "val" or self.corpus.test is None else self.corpus.test
+        text = getattr(self.corpus, self.corpus.unseen(split))
         starts, sizes = documents(text, load_tokenizer(self.corpus.tokenizer).separator)
         n_scored = min(N_SCORED, int(sizes.max()) // 2)
         require(n_scored, f"--data: {self.corpus.name} has no document of two tokens or more to measure on")
@@ -212,6 +218,9 @@ class Text:
         where = places(starts, sizes, max(lengths), n_scored, n_place or 8,
                        np.random.default_rng([EVALUATION, seed]))
         return text, where, n_scored, lengths
+
+    def measured_on(self, split=None):
+        return self.corpus.describe(self.corpus.unseen(split))
 
     def measure(self, model, read, lengths=None, n_place=None, seed=0, split=None):
         """Perplexity by context length, a row each: the same tokens after more or less context.

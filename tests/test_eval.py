@@ -86,7 +86,9 @@ def test_niah_by_depth(run, tmp_path, capsys):
 def test_ppl(run, text_run, tmp_path, capsys):
     line = ["ppl", "--ckpt", text_run / "ckpt.pt", run / "ckpt.pt", *ON]
     measure(*line, "--lengths", "100,400", "--places", 4, "--json", tmp_path / "ppl.json")
-    rows = json.loads((tmp_path / "ppl.json").read_text())["rows"]
+    report = json.loads((tmp_path / "ppl.json").read_text())
+    rows, settings = report["rows"], report["settings"][run.name]
+    assert (settings["data"], settings["split"]) == ("stdlib", "val")
     names = [text_run.name] * 2 + [run.name] * 2
     assert [(row["model"], row["length"]) for row in rows] == list(zip(names, [100, 400] * 2, strict=True))
     for row in rows:                                                    # bytes: one token each

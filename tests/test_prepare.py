@@ -134,7 +134,9 @@ def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
     assert text.startswith("# p") and "\n\tvalue_7 = " in text
     assert packages.documents() == (splits, copies)
     prepare.main(["packages", "--out", str(tmp_path / "code"), "--tokenizer", "bytes"])
-    assert load_corpus(tmp_path / "code").names == {split: list(texts) for split, texts in splits.items()}
+    corpus = load_corpus(tmp_path / "code")
+    assert corpus.names == {split: list(texts) for split, texts in splits.items()}
+    assert corpus.describe(corpus.unseen())["documents"] == [*splits["test"]]
     meta = json.loads((tmp_path / "code/meta.json").read_text())
     for damaged in (["p0"], "p0", dict(test=3), dict(test=[1])):
         (tmp_path / "code/meta.json").write_text(json.dumps(meta | dict(names=damaged)))

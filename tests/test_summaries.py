@@ -221,7 +221,9 @@ def test_train_and_summarize(corpus, tmp_path, capsys, monkeypatch):
         evaluation.main([*map(str, [*line, "--json", tmp_path / "x.json"])])
         said = capsys.readouterr().out
         assert said.count("true: other words") == 3
-        (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
+        report = json.loads((tmp_path / "x.json").read_text())
+        (row,), settings = report["rows"], report["settings"]["run"]
+        assert (settings["data"], settings["split"]) == (str(corpus.name), "test")
         assert row["documents"] == 3 and 0 <= row["rougeL"] <= 100 and row["lead_rouge1"] >= 0
     monkeypatch.setattr(evaluation, "rouge_scorer", lambda: None)
     assert "pip install rouge-score" in refused(capsys, evaluation.main, *line)

@@ -1,4 +1,5 @@
 """Training, by its functions and command line: learning, stopping, resuming, and what it refuses."""
+import json
 import math
 import os
 import shutil
@@ -42,6 +43,8 @@ def test_training_writes_checkpoint_log_and_table(needle_run):
         assert row["seq_len"] == "64" and row["batch_size"] == "4"
     assert 0 <= float(rows[-1]["val_accuracy"]) <= 1
     assert {"ckpt.pt", "log.csv", "niah.json"} <= {path.name for path in out.iterdir()}
+    settings = json.loads((out / "niah.json").read_text())["settings"]
+    assert settings["n_embd"] == 16 and (settings["data"], settings["split"]) == ("stdlib", "val")
     model, saved = load_checkpoint(out / "ckpt.pt", DEVICE)
     assert model.config.n_embd == 16 and saved["step"] == 20 and not model.training
 
