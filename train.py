@@ -251,6 +251,8 @@ def check(config, task, n_rank):
     """ValueError for training settings that do not fit the task or the processes."""
     for length in task.lengths():
         n_context, micro_batch = contexts_in_batch(config, length), config.micro_batch or 1
+        require(n_rank == 1 or length >= task.settings["chunk_size"] - 1, "--seq_len and --start_len must be "
+                f"at least a chunk, {task.settings['chunk_size'] - 1}, with several processes, got {length}")
         why = ", all that --batch_tokens allows" if n_context < config.batch_size else ""
         require(n_context % (n_rank * micro_batch) == 0,
                 f"--batch_size must be a multiple of {n_rank} processes times --micro_batch {micro_batch}, "

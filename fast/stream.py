@@ -234,7 +234,7 @@ def retrieve(query, landmarks, first, top_k, retriever="learned", decay=None, ne
             scores = inner_products(query, block)                       # (B, n, M)
             chunk = torch.arange(start, start + block.shape[1], device=query.device)
             if decay is not None:
-                scores = scores - decay * d ** 0.5 * log_distance(t, chunk, near)       # scaled below
+                scores -= penalty(decay * d ** 0.5, first, n, start, block.shape[1], near)      # scaled below
             if retriever != "learned":
                 scores = torch.zeros_like(scores)
             ranking = scores
@@ -257,6 +257,17 @@ def retrieve(query, landmarks, first, top_k, retriever="learned", decay=None, ne
     scores = F.pad(best_scores * d ** -0.5, (0, n_spare)).masked_fill(empty, -1e30)
     weights = scores.softmax(-1).masked_fill(empty, 0)
     return weights, F.pad(best_indices, (0, n_spare)).masked_fill(empty, -1)
+
+
+def penalty(decay, first, n, start, M, near):
+    """decay * log_distance of chunks start .. start + M - 1 before chunks first .. first + n - 1: (n, M).
+
+    It depends on the distance alone, so it is computed once for each diagonal, n + M - 1 times.
+    """
+    chunk = torch.arange(start, start + n + M - 1, device=decay.device)
+    line = decay * log_distance(first + n - 1, chunk, near)
+    last_first = line.unfold(0, M, 1)                                   # row r: of chunk first + n - 1 - r
+    return last_first[torch.arange(n - 1, -1, -1, device=decay.device)]
 
 
 def inner_products(query, landmarks):

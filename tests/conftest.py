@@ -16,24 +16,24 @@ from stand_in import cuda_graphs  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")
-def needle_run(tmp_path_factory):
+def needle_run(request, tmp_path_factory):
     """The folder of a needle run of 20 steps, and what it printed. To be read only."""
     flags = *TINY_FLAGS, "--n_value", 1, "--n_needle", 8, "--steps", 20, "--seq_len", 64
-    return run_once(tmp_path_factory, "needles", flags)
+    return run_once(request, tmp_path_factory, "needles", flags)
 
 
 @pytest.fixture(scope="session")
-def text_run(tmp_path_factory):
+def text_run(request, tmp_path_factory):
     """The folder of a language-model run of 40 steps. To be read only."""
-    out, printed = run_once(tmp_path_factory, "text", TEXT_FLAGS)
+    out, printed = run_once(request, tmp_path_factory, "text", TEXT_FLAGS)
     assert "bits_per_byte" in printed
     return out
 
 
-def run_once(tmp_path_factory, name, flags):
+def run_once(request, tmp_path_factory, name, flags):
     """A run for all of xdist's workers: the first one that needs it trains it, the others wait."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(request.config, "workerinput"):      # this is one of several workers: what they have in common
         folder = folder.parent
     out, printed = folder / name, folder / f"{name}.txt"
     with open(folder / f"{name}.lock", "w") as lock:

@@ -229,6 +229,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path, no_table):
                 assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), (row["step"], name)
 
 
+def test_several_processes_need_contexts_of_a_chunk():
+    """In shorter ones nothing is retrieved, and DDP waits for gradients that never come."""
+    corpus = types.SimpleNamespace(tokenizer="bytes")
+    task = types.SimpleNamespace(settings=dict(chunk_size=16), corpus=corpus, lengths=lambda: [14],
+                                 check=lambda length: None)
+    train_module.check(train_module.TrainConfig(), task, n_rank=1)
+    with pytest.raises(ValueError, match="--seq_len and --start_len must be at least a chunk, 15, .* got 14"):
+        train_module.check(train_module.TrainConfig(), task, n_rank=2)
+
+
 def test_a_damaged_checkpoint_is_said_and_the_one_before_offered(text_run, tmp_path, no_table, capsys):
     for name in ("ckpt.pt", "ckpt.prev.pt", "log.csv"):
         (tmp_path / name).write_bytes((text_run / name).read_bytes())
