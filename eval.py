@@ -130,7 +130,7 @@ def run_summarize(args, device):
 def check_tokenizer(corpus, saved, path):
     found, wanted = (corpus.tokenizer, corpus.vocab_size), (saved["tokenizer"], saved["config"]["vocab_size"])
     require(found == wanted, f"--data must have {path}'s tokenizer {wanted[0]} and vocabulary {wanted[1]}, "
-            f"got {found[0]} and {found[1]}")
+            f"got {found[0]} and {found[1]} in {corpus.name}")
 
 
 def run_speed(args, device):

@@ -42,7 +42,7 @@ from tools.run import Ranks, Run, flops_per_token, prepare_folder, seed_step
 
 @dataclass
 class TrainConfig:
-    task: str = "needles"           # needles: find named values in a text; text: model language; summaries
+    task: str = "needles"           # needles: find named values; text: model language; summaries: write them
     data: str = "stdlib"            # the text: stdlib, or a folder that tools.prepare made
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
@@ -55,7 +55,7 @@ class TrainConfig:
     warmup: int = 50                # steps of linear warm-up
     weight_decay: float = 0.001     # on matrices only
     encoder_identity: bool = False  # the chunk encoder begins as the identity, and learns what to add
-    encoder_lr: float = 1.0         # its layers' learning rate, as a share of the others'
+    encoder_lr: float = 1.0         # learning rate of the chunk encoder's layers, as a share of the others'
     seed: int = 0                   # of the initial weights and of the data
     fast: bool = True               # swap pieces for faster ones (fast/); false: the plain files alone
     compile: bool = False           # torch.compile each layer: most of a minute to start, then faster

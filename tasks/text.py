@@ -51,7 +51,7 @@ def load_tokenizer(name):
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:                      # of the network, in many shapes
         raise ValueError("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
-                         "holds tiktoken's files for it, or use --tokenizer bytes") from error
+                         "holds tiktoken's files for it, or prepare --data with --tokenizer bytes") from error
     return Tokenizer(gpt2.encode_ordinary, gpt2.decode_bytes, gpt2.n_vocab, gpt2.eot_token)
 
 

@@ -91,7 +91,7 @@ def test_what_one_chunk_alone_would_give(n_group, capsys):
         hit, chance = int(alone.argmin()) in chosen, len(chosen - {chunk - 1}) / (chunk - 1)
         rows.append([as_it_is, alone.mean(), alone.min(), 100 * hit, 100 * chance])
     show_best(trace, model, 1, 3)
-    said = [float(x) for x in re.findall(r"\d+\.\d+|\d+(?=%)|\d+(?= look)", capsys.readouterr().out)]
+    said = [float(x) for x in re.findall(r"\d+\.\d+|\d+(?=%)|\d+(?= chunks)", capsys.readouterr().out)]
     assert said[0] == 3 and said[1:] == pytest.approx(torch.tensor(rows).mean(0).tolist(), abs=0.51)
     assert said[1:4] == pytest.approx(torch.tensor(rows).mean(0)[:3].tolist(), abs=1e-3) and len(said) == 6
 

@@ -49,6 +49,6 @@ def show_best(trace, model, near, n):
         by_chance = sum(index < len(candidates) for index in chosen) / len(candidates)
         rows.append([as_it_is, alone.mean(), alone.min(), is_chosen, by_chance])
     as_it_is, mean, best, hit, chance = torch.tensor(rows).mean(0).tolist()
-    print(f"loss of chunks, {len(rows)} looked at: {as_it_is:.3f} with all that they retrieved; if they read "
-          f"one chunk alone from beyond the window, {mean:.3f} on average and {best:.3f} with the best one, "
-          f"which is among those retrieved in {100 * hit:.0f}% (by chance, {100 * chance:.0f}%)")
+    print(f"mean loss of {len(rows)} chunks: {as_it_is:.3f} with all that they retrieved. If each read one "
+          f"chunk alone from beyond the window: {mean:.3f} on average, {best:.3f} with the best one. It had "
+          f"retrieved that one in {100 * hit:.0f}% of the cases (by chance in {100 * chance:.0f}%)")

@@ -56,8 +56,9 @@ def plot(reports, path):
     figure, axes = plt.subplots(1, len(keys), figsize=(8, 3.6) if len(keys) == 1 else (11, 3.4),
                                 layout="constrained", squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
-        for name, rows in curves(tables).items():
-            axis.plot([row["length"] for row in rows], [row[key] for row in rows], "o-",
+        for i, (name, rows) in enumerate(curves(tables).items()):
+            style = "o-" if i < 10 else "s--"               # matplotlib has ten colours
+            axis.plot([row["length"] for row in rows], [row[key] for row in rows], style,
                       label=name.replace("$", r"\$"))
         axis.set(xscale="log", xlabel="tokens of context", ylabel=PANELS[key])
         if key == "token_accuracy":
