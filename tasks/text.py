@@ -70,7 +70,8 @@ class Corpus(NamedTuple):
     def unseen(self, split=None):           # the split to measure on
         return split or ("val" if self.test is None else "test")
 
-    def describe(self, split):              # for a report
+    def describe(self, split=None):         # the same for a report
+        split = self.unseen(split)
         return dict(data=str(self.name), split=split, documents=(self.names or {}).get(split))
 
 
@@ -220,7 +221,7 @@ class Text:
         return text, where, n_scored, lengths
 
     def measured_on(self, split=None):
-        return self.corpus.describe(self.corpus.unseen(split))
+        return self.corpus.describe(split)
 
     def measure(self, model, read, lengths=None, n_place=None, seed=0, split=None):
         """Perplexity by context length, a row each: the same tokens after more or less context.

@@ -136,7 +136,7 @@ def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
     prepare.main(["packages", "--out", str(tmp_path / "code"), "--tokenizer", "bytes"])
     corpus = load_corpus(tmp_path / "code")
     assert corpus.names == {split: list(texts) for split, texts in splits.items()}
-    assert corpus.describe(corpus.unseen())["documents"] == [*splits["test"]]
+    assert corpus.describe()["documents"] == [*splits["test"]]
     meta = json.loads((tmp_path / "code/meta.json").read_text())
     for damaged in (["p0"], "p0", dict(test=3), dict(test=[1])):
         (tmp_path / "code/meta.json").write_text(json.dumps(meta | dict(names=damaged)))
