@@ -93,19 +93,17 @@ def load_tile(X, c, row, h, ROWS: tl.constexpr, D: tl.constexpr):
 
 @jit
 def chunk_softmax(scores, scale, n_key, KEYS: tl.constexpr, ONE: tl.constexpr):
-    """Softmax over one chunk's keys: the numerators p, and 1 / denominator. exp(x) = exp2(x * log2(e))."""
-    scale *= 1.4426950408889634
-    if ONE:                                     # softmax-off-by-one: one more score, of 0
-        peak = tl.maximum(tl.max(scores, 1) * scale, 0.0)
-        p = tl.exp2(scores * scale - peak[:, None])
-        n_zero = KEYS - n_key                   # zeros that fill the tile: each counts as a key of score 0 in
-        total = tl.sum(p, 1) + (1 - n_zero) * tl.exp2(-peak)        # the sum, where only one should
-    else:
-        scores = tl.where(tl.arange(0, KEYS)[None, :] < n_key, scores, float("-inf"))
-        peak = tl.max(scores, 1) * scale
-        p = tl.exp2(scores * scale - peak[:, None])
-        total = tl.sum(p, 1)
-    return p, 1.0 / total
+    """Softmax over one chunk's keys: numerators p and denominator. exp(x) = exp2(x * log2(e))."""
+    is_key = tl.arange(0, KEYS)[None, :] < n_key            # what lies beyond fills the tile up
+    scores = tl.where(is_key, scores * (scale * 1.4426950408889634), float("-inf"))
+    peak = tl.max(scores, 1)
+    if ONE:                                                 # softmax-off-by-one: one more score, of 0
+        peak = tl.maximum(peak, 0.0)
+    p = tl.exp2(scores - peak[:, None])
+    total = tl.sum(p, 1)
+    if ONE:
+        total += tl.exp2(-peak)
+    return p, total
 
 
 @jit
@@ -125,29 +123,34 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Sk, GROUP: tl.constexp
         k = load_tile(K, chunk, 0, h // GROUP, KEYS, D)
         v = load_tile(V, chunk, 0, h // GROUP, KEYS, D)
         scores = tl.dot(q, k.T, input_precision=DOT)                            # (ROWS, KEYS)
-        p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
-        o = tl.dot(p.to(v.dtype), v, input_precision=DOT)                       # o_c / inverse
-        out += o * (w * inverse)[:, None]                                       # w_c * o_c
+        p, total = chunk_softmax(scores, scale, Sk, KEYS, ONE)
+        o = tl.dot(p.to(v.dtype), v, input_precision=DOT)                       # o_c * total
+        out += o * (w / total)[:, None]                                         # w_c * o_c
     Out.store([c, row, h * D], out.to(Out.dtype).reshape(1, ROWS, D))
 
 
 @jit
 def backward_tile(q, k, v, do, w, scale, n_key, KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr):
     """Algorithm 2 for one block of rows and one chunk c: w_c P_c, dS_c (ROWS, KEYS) and delta_c (ROWS,)."""
-    p, inverse = chunk_softmax(tl.dot(q, k.T, input_precision=DOT), scale, n_key, KEYS, ONE)
+    p, total = chunk_softmax(tl.dot(q, k.T, input_precision=DOT), scale, n_key, KEYS, ONE)
     dp = tl.dot(do, v.T, input_precision=DOT)
-    delta = tl.sum(p * dp, 1) * inverse                             # sum_j P_cj (dO . v_j) = rowsum(dO * o_c)
-    wp = p * (w * inverse)[:, None]
+    delta = tl.sum(p * dp, 1) / total                               # sum_j P_cj (dO . v_j) = rowsum(dO * o_c)
+    wp = p * (w / total)[:, None]
     return wp, wp * (dp - delta[:, None]), delta
 
 
 @jit
 def backward_q_kernel(Q, K, V, DO, W, Index, DQ, DW, scale, n_slot, Sk, GROUP: tl.constexpr, D: tl.constexpr,
                       ROWS: tl.constexpr, KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr):
-    """Algorithm 2, dQ and dw: the forward kernel's loop again. DW (slots, n_block, Hq) is to be summed."""
+    """Algorithm 2, dQ and dw: the forward kernel's loop again.
+
+    DW (query chunk, slot, n_block, Hq) is a number from each program, to be summed over its blocks and heads.
+    """
     c = tl.program_id(0)
     block = tl.program_id(1)
     h = tl.program_id(2)
+    n_block = tl.num_programs(1)
+    n_head = tl.num_programs(2)
     slots = c.to(tl.int64) * n_slot
 
     q = load_tile(Q, c, block * ROWS, h, ROWS, D)
@@ -160,8 +163,7 @@ def backward_q_kernel(Q, K, V, DO, W, Index, DQ, DW, scale, n_slot, Sk, GROUP: t
         v = load_tile(V, chunk, 0, h // GROUP, KEYS, D)
         _, ds, delta = backward_tile(q, k, v, do, w, scale, Sk, KEYS, ONE, DOT)
         dq += tl.dot(ds.to(k.dtype), k, input_precision=DOT)
-        share = ((slots + slot) * tl.num_programs(1) + block) * tl.num_programs(2) + h
-        tl.store(DW + share, tl.sum(delta, 0))
+        tl.store(DW + ((slots + slot) * n_block + block) * n_head + h, tl.sum(delta, 0))
     DQ.store([c, block * ROWS, h * D], (dq * scale).to(DQ.dtype).reshape(1, ROWS, D))
 
 
@@ -201,13 +203,35 @@ KERNEL_LIMITS = ("float32, bfloat16 or float16, with D 16, 32, .. 256, at most 1
                  "head, and less where a GPU has little shared memory")
 
 
-def kernel_fits(q, k):              # whether the kernels take them
-    n_key, D = k.shape[2], k.shape[4]
-    if (triton is None or q.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-            or D not in (16, 32, 64, 128, 256) or n_key > 128):
-        return False
-    keys, size = max(16, triton.next_power_of_2(n_key)), k.element_size()
-    return keys * D * size <= 65536 and tile_fits(16, keys, D, size, *gpu(q.device))
+def tile_keys(k):
+    return max(16, triton.next_power_of_2(k.shape[2]))      # all of a chunk's
+
+
+def tile_rows(q, k):
+    """Query rows of a tile, 16 to 64; 0: the kernels do not take these tensors, or do not fit this GPU.
+
+    The largest kernel, dK/dV, decides. Its shared memory was read off compiled ones (tests/compiled.py).
+    """
+    n_row, n_key, D, size = q.shape[2], k.shape[2], q.shape[4], q.element_size()
+    is_taken = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and D in (16, 32, 64, 128, 256)
+    if triton is None or not is_taken or n_key > 128 or tile_keys(k) * D * size > 65536:
+        return 0
+    keys, (major, memory) = tile_keys(k), gpu(q.device)
+    rows = 16 if keys * D * size == 65536 else 32 if size == 4 else 64
+    rows = min(rows, max(16, triton.next_power_of_2(n_row)))
+
+    def needed(rows):
+        if major >= 9:                                      # TMA: a float32 tile, of fast/gca.py's sums
+            return 4 * keys * D
+        if major < 8:
+            return 8 * (keys * D + rows * D + rows * keys)
+        if size == 4:
+            return 16 * (keys + rows) * D + 8 * rows * max(keys, D)
+        return 4 * keys * D + 2 * rows * max(keys, D)
+
+    while rows >= 16 and needed(rows) > memory:
+        rows //= 2
+    return rows if rows >= 16 else 0
 
 
 @torch.compiler.assume_constant_result
@@ -218,32 +242,13 @@ def gpu(device):                    # its compute capability, and the shared mem
     return properties.major, properties.shared_memory_per_block_optin
 
 
-def tile_fits(rows, keys, D, size, major, memory):
-    """Whether the largest kernel, dK/dV, fits; by what compiled kernels need (tests/compiled.py)."""
-    if major >= 9:                                          # TMA: a float32 tile, of fast/gca.py's sums
-        return 4 * keys * D <= memory
-    if major < 8:
-        needed = 8 * (keys * D + rows * D + rows * keys)
-    elif size == 4:
-        needed = 16 * (keys + rows) * D + 8 * rows * max(keys, D)
-    else:
-        needed = 4 * keys * D + 2 * rows * max(keys, D)
-    return needed <= memory
-
-
 def launch_options(q, k, softmax_one):
-    """The kernels' compile-time arguments: tiles of all keys and 64 query rows, or fewer if large."""
-    D, size, exact = q.shape[4], q.element_size(), q.dtype == torch.float32
-    keys = max(16, triton.next_power_of_2(k.shape[2]))
-    tile_bytes = keys * D * size
-    rows = min(q.shape[2], 16 if tile_bytes == 65536 else 32 if exact else 64)
-    rows = max(16, triton.next_power_of_2(rows))
-    while rows > 16 and not tile_fits(rows, keys, D, size, *gpu(q.device)):
-        rows //= 2
-    large = exact or tile_bytes > 16384
+    """The kernels' compile-time arguments."""
+    D, exact = q.shape[4], q.dtype == torch.float32
+    large = exact or tile_keys(k) * D * q.element_size() > 16384
     dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"         # x3: as exact as float32
-    return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot,
-                num_warps=8 if large else 4, num_stages=1 if large else 2)
+    return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=tile_rows(q, k), KEYS=tile_keys(k), ONE=softmax_one,
+                DOT=dot, num_warps=8 if large else 4, num_stages=1 if large else 2)
 
 
 def descriptor(x, rows):
@@ -346,32 +351,40 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     check_arguments(dict(q=q, k=k, v=v, weights=weights, indices=indices), scale, backend)
+    backend = choose_backend(backend, q, k, v, weights)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if INTERPRET and q.dtype == torch.bfloat16:                 # the interpreter cannot multiply bfloat16
+        inputs = q.float(), k.float(), v.float()
+        return BACKENDS[backend](*inputs, weights, indices, softmax_one, scale).to(q.dtype)
+    return BACKENDS[backend](q, k, v, weights, indices, softmax_one, scale)
+
+
+def choose_backend(backend, q, k, v, weights):
+    """The name of a backend that can run; RuntimeError or ValueError if the one that was asked for cannot."""
+    fits, got = tile_rows(q, k) > 0, f"got {q.dtype}, D {q.shape[4]}, {k.shape[2]} keys"
     if backend == "auto":
-        backend = "triton" if q.is_cuda and kernel_fits(q, k) else "reference"
-        if q.is_cuda and backend == "reference":
-            warn_once(f"gca runs on the slow reference: its kernels take {KERNEL_LIMITS}; "
-                      f"got {q.dtype}, D {q.shape[4]}, {k.shape[2]} keys")
+        if q.is_cuda and not fits:
+            warn_once(f"gca runs on the slow reference: its kernels take {KERNEL_LIMITS}; {got}")
+        backend = "triton" if q.is_cuda and fits else "reference"
     if backend == "reference" or not (q.numel() and k.numel()):
-        return gca_reference(q, k, v, weights, indices, softmax_one, scale)
+        return "reference"
     if triton is None or not (q.is_cuda or INTERPRET):
         raise RuntimeError(f"backend {backend!r} needs Triton (Linux: pip install triton) and a GPU, or "
                            f"TRITON_INTERPRET=1; q is on {q.device}")
-    require(kernel_fits(q, k), f"q, k and v for backend {backend!r} must be {KERNEL_LIMITS}; "
-            f"got {q.dtype}, D {q.shape[4]}, {k.shape[2]} keys")
-    if not torch.compiler.is_compiling():
-        is_dual = any(unpack_dual(x).tangent is not None for x in (q, k, v, weights))
-        if is_dual:
-            raise RuntimeError("the kernels have no forward-mode derivatives: use backend='reference'")
-    dtype = q.dtype
-    if INTERPRET and dtype == torch.bfloat16:                   # the interpreter cannot multiply bfloat16
-        q, k, v = q.float(), k.float(), v.float()
-    return BACKENDS[backend](q, k, v, weights, indices, softmax_one, scale).to(dtype)
+    require(fits, f"q, k and v for backend {backend!r} must be {KERNEL_LIMITS}; {got}")
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and any(unpack_dual(x).tangent is not None for x in (q, k, v, weights)):
+        raise RuntimeError("the kernels have no forward-mode derivatives: use backend='reference'")
+    return backend
+
+
+class Mistake(ValueError):
+    """What a caller or user did wrong; the message says it to them."""
 
 
 def require(condition, message, *values):    # values: for the message's {}, put together only if it is needed
     if not condition:
-        raise ValueError(message.format(*values) if values else message)
+        raise Mistake(message.format(*values) if values else message)
 
 
 @lru_cache

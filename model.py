@@ -8,11 +8,12 @@ scores weight what is read, so the next-token loss alone trains the retriever.
                                        |                                     |
                                        +--> upper decoder, G groups: retrieve, then self-attention, GCA, MLP
 
+Layers say what is computed. The text that is read says who attends to whom: WholeText below, or fast/'s Piece
+of a longer text. DRT.hidden, at the end, is the data flow of both.
+
 Shapes: B batch, T text tokens, N positions of text and landmarks, C chunks of S positions (S - 1 text tokens
 and a landmark; the last chunk may be incomplete), K chunks retrieved for each chunk, W sliding window,
 d width, H heads of width D, G groups of upper layers.
-
-fast/ swaps self.gca, self.window_attention and self.cross_entropy for faster twins, and reads without end.
 """
 import math
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class DRTConfig:
     n_layer: int = 2            # decoder layers, half lower, half upper (all lower if n_group = 0)
     n_group: int = 1            # G: retrievals of the upper decoder; 0 = sliding-window base LM, no retrieval
     n_encoder: int = 2          # bidirectional layers of the chunk encoder
+    encoder_rope: bool = True   # rotary positions inside the chunk encoder
     n_head: int = 4             # H: heads
     n_kv_head: int = 0          # key/value heads (grouped-query attention); 0 = n_head
     n_embd: int = 64            # d: width
@@ -49,13 +51,14 @@ class DRTConfig:
         for name, least in dict(vocab_size=2, n_layer=1, n_group=0, n_encoder=0, n_head=1, n_kv_head=1,
                                 n_embd=1, chunk_size=2, top_k=1, window=1).items():
             value, most = getattr(self, name), 1000 if name in ("n_layer", "n_encoder") else 10 ** 7
-            require(value >= least, f"{name} must be at least {least}, got {value}")
-            require(value <= most, f"{name} must be at most {most}, got {value}")
+            require(least <= value <= most, f"{name} must be in {least} .. {most}, got {value}")
         d, H, Hkv = self.n_embd, self.n_head, self.n_kv_head
         require(d % H == 0, f"n_embd must be a multiple of n_head, got {d} and {H}")
         require(H % Hkv == 0, f"n_kv_head must be a divisor of n_head {H}, got {Hkv}")
         require(self.n_group == 0 or self.n_layer % (2 * self.n_group) == 0,
                 f"n_layer must be a multiple of 2 * n_group, got {self.n_layer} and {self.n_group}")
+        require(d // H % 2 == 0 or not (self.encoder_rope and self.n_encoder and self.n_group),
+                f"n_embd / n_head must be even for rotary positions (encoder_rope), got {d} / {H}")
         require(self.retriever in RETRIEVERS,
                 f"retriever must be one of {', '.join(RETRIEVERS)}, got {self.retriever!r}")
 
@@ -80,24 +83,25 @@ def band_bias(n_query, n_key, window, slopes):
 
 
 def window_attention(q, k, v, window, slopes):
-    """Causal attention to the last W positions (Sec. 3): q (B, H, N, D); k, v (B, Hkv, N, D) -> (B, H, N, D).
+    """Causal attention to the last W positions (Sec. 3): q (B, H, N, D); k, v (B, Hkv, M, D) -> (B, H, N, D).
 
-    Each block of W queries attends to its own block of keys and the one before: exact, and linear in N.
+    The queries are the last N of M positions; M - N <= W. Each block of W queries attends to its own block of
+    keys and the one before: exact, and linear in N.
     """
-    B, _, N, _ = q.shape
-    n = min(N, window)                                      # the first block has no block before it
-    bias = band_bias(n, n, window, slopes).to(q.dtype)                          # (H, n, n)
-    first = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], bias, enable_gqa=True)
+    (B, _, N, _), M = q.shape, k.shape[2]
     if N <= window:
-        return first
+        bias = band_bias(N, M, window, slopes).to(q.dtype)                      # (H, N, M)
+        return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
     def blocks(x):                           # (B, H, n * W, D) -> (B * n, H, W, D)
         return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
 
-    bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
-    q, k, v = (F.pad(x, (0, 0, 0, -N % window)) for x in (q, k, v))             # to whole blocks
+    n = N + window - M                       # queries that the first block of keys is enough for
+    first = window_attention(q[:, :, :n], k[:, :, :window], v[:, :, :window], window, slopes)
+    q, k, v = (F.pad(x, (0, 0, 0, -M % window)) for x in (q[:, :, n:], k, v))   # to whole blocks
     k, v = (torch.cat([blocks(x[:, :, :-window]), blocks(x[:, :, window:])], dim=2) for x in (k, v))
-    rest = F.scaled_dot_product_attention(blocks(q[:, :, window:]), k, v, bias, enable_gqa=True)
+    bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
+    rest = F.scaled_dot_product_attention(blocks(q), k, v, bias, enable_gqa=True)
     rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest], dim=2)[:, :, :N]
 
@@ -105,46 +109,34 @@ def window_attention(q, k, v, window, slopes):
 # ---------------------------------------------------------------- layers
 
 class SelfAttention(nn.Module):
-    """Causal over the sliding window, or bidirectional over all of x (in the chunk encoder)."""
+    """attend(q, k, v) decides who attends to whom."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.window = config.n_head, config.n_kv_head, config.window
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.n_embd // config.n_head
         width = (config.n_head + 2 * config.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(config.n_embd, width, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
-        self.window_attention = window_attention
 
-    def heads(self, x):                      # (B, N, d) -> q (B, H, N, D); k, v (B, Hkv, N, D)
+    def forward(self, x, attend):            # (B, N, d) -> (B, N, d)
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-
-    def forward(self, x, causal=True):       # (B, N, d) -> (B, N, d)
-        q, k, v = self.heads(x)
-        if causal:
-            out = self.window_attention(q, k, v, self.window, self.slopes)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return self.out(out.transpose(1, 2).flatten(2))
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)       # (B, H or Hkv, N, D)
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """GCA with its two projections. Keys and values come from the chunk encoder, the same for all layers."""
+    """read(q) is GCA with the retrieved chunks, whose keys and values the encoder makes for all layers."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.softmax_one = config.n_head, config.softmax_one
+        self.n_head = config.n_head
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.gca = gca
 
-    def forward(self, x, k, v, weights, indices):
-        """x (B, N, d); k, v (B, C, S - 1, Hkv, D); weights, indices (B, C, K) -> (B, N, d)."""
-        q = to_chunks(self.query(x).unflatten(-1, (self.n_head, -1)), k.shape[2] + 1)       # (B, C, S, H, D)
-        out = self.gca(q, k, v, weights, indices, self.softmax_one)
-        return self.out(out.flatten(3).flatten(1, 2)[:, :x.shape[1]])
+    def forward(self, x, read):              # (B, N, d) -> (B, N, d)
+        q = self.query(x).unflatten(-1, (self.n_head, -1))                              # (B, N, H, D)
+        return self.out(read(q).flatten(2))
 
 
 class MLP(nn.Module):
@@ -162,7 +154,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm decoder layer: y = x + SA(x);  z = y + GCA(y) in upper layers;  out = z + MLP(z)  (Sec. 3)."""
+    """Pre-norm layer: y = x + SA(x);  z = y + GCA(y) in upper layers;  out = z + MLP(z)  (Sec. 3)."""
 
     def __init__(self, config, upper=False):
         super().__init__()
@@ -172,25 +164,23 @@ class Block(nn.Module):
         if upper:
             self.cross, self.norm_cross = CrossAttention(config), nn.RMSNorm(config.n_embd, 1e-5)
 
-    def forward(self, x, retrieved=None):
-        y = z = x + self.attention(self.norm1(x))
-        if retrieved is not None:
-            z = y + self.cross(self.norm_cross(y), *retrieved)
+    def forward(self, x, attend, read=None):
+        y = x + self.attention(self.norm1(x), attend)
+        if read is None:
+            return y + self.mlp(self.norm2(y))
+        z = y + self.cross(self.norm_cross(y), read)
         residual = z if self.gca_residual else y            # y in the authors' released code
         return residual + self.mlp(self.norm2(z))
 
 
 class ChunkEncoder(nn.Module):
-    """Bidirectional layers inside each chunk, no positions. The landmark's output is the chunk's key l_c.
-
-    It uses the parts of a Block with bidirectional attention in place of the window.
-    """
+    """Bidirectional layers inside each chunk. The landmark's output is the chunk's retrieval key l_c."""
 
     def __init__(self, config):
         super().__init__()
         self.norm_in, self.norm_out = nn.RMSNorm(config.n_embd, 1e-5), nn.RMSNorm(config.n_embd, 1e-5)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_encoder))
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim, self.rope = config.n_embd // config.n_head, config.encoder_rope
         self.key = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
 
@@ -205,11 +195,17 @@ class ChunkEncoder(nn.Module):
         The paper gives the landmark's own row a zero key and value: exp(0) = 1 in the denominator and nothing
         in the sum, which is softmax-off-by-one. gca() has that built in, so only the text rows are kept.
         """
-        B, C = x.shape[:2]
+        B, C, S, _ = x.shape
+        angles = rotary_angles(S, self.head_dim, x.device) if self.rope else None
+
+        def attend(q, k, v):                 # each position of a chunk to all of them
+            if angles is not None:
+                q, k = rotate(q, angles), rotate(k, angles)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
         x = self.norm_in(x).flatten(0, 1)                   # chunks are the batch
         for layer in self.layers:
-            x = x + layer.attention(layer.norm1(x), causal=False)
-            x = x + layer.mlp(layer.norm2(x))
+            x = layer(x, attend)
         x = self.norm_out(x).unflatten(0, (B, C))
         text, landmarks = x[:, :, :-1], x[:, :, -1]
         k = self.key(text).unflatten(-1, (-1, self.head_dim))
@@ -217,48 +213,117 @@ class ChunkEncoder(nn.Module):
         return landmarks, k, v
 
 
+def rotary_angles(S, D, device):
+    """Position s turns pair i of a head by s * 10000 ** (-2i / D): (S, D / 2)  (Su et al., 2021)."""
+    frequency = 10000.0 ** -(torch.arange(0, D, 2, device=device) / D)
+    return torch.arange(S, device=device)[:, None] * frequency
+
+
+def rotate(x, angles):                       # x (.., S, D): number i and number i + D / 2 are a pair
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
 # ---------------------------------------------------------------- retrieval
 
-def log_distance(t, c, near):
-    """log of the distance of chunks c before chunks t, in units of `near` chunks; 0 up to that distance."""
-    return ((t - c).clamp(min=near) / near).log()
+def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
+    """r_t,c = q_t . l_c / sqrt(d): query (B, n, d) of chunks t (n,), landmarks (B, m, d) of chunks c (m,).
 
-
-def retrieval_scores(query, landmarks, decay=None, near=1):
-    """r_t,c = q_t . l_c / sqrt(d): query, landmarks (B, C, d) -> (B, C, C) of chunks t and c, float32.
-
-    decay (DRTConfig.recency): a scalar; it times the log of the distance beyond `near` chunks is subtracted.
+    Returns (B, n, m), float32. decay (DRTConfig.recency): a learned number; it times the log of the distance
+    is subtracted. Distances count in units of the window, and inside the window not at all.
     """
-    scores = query.float() @ landmarks.float().mT * query.shape[-1] ** -0.5
+    if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 and not query.requires_grad:
+        scores = torch.bmm(query, landmarks.mT, out_dtype=torch.float32)        # the same, sooner
+    else:
+        scores = query.float() @ landmarks.float().mT
+    scores = scores * query.shape[-1] ** -0.5
     if decay is not None:
-        chunk = torch.arange(scores.shape[1], device=scores.device)
-        scores = scores - decay * log_distance(chunk[:, None], chunk, near)
+        distance = (t[:, None] - c).clamp(min=window_chunks) / window_chunks
+        scores = scores - decay * distance.log()
     return scores
 
 
-def retrieve(query, landmarks, top_k, explore=False, retriever="learned", decay=None, near=1):
-    """For each chunk t, the K strictly earlier chunks c with the highest retrieval_scores() r_t,c.
+def retrieve(scores, top_k, retriever="learned", explore=False):
+    """For each chunk t, the K strictly earlier chunks c with the highest scores r_t,c, and their weights.
 
-    query, landmarks (B, C, d) -> weights, indices (B, C, K); index -1 where a slot is empty. explore: Gumbel
-    noise changes which chunks are chosen, but not their weights. retriever: as in DRTConfig.
+    scores (B, C, C) -> weights, indices (B, C, K); index -1 where a slot is empty. explore: Gumbel noise
+    changes which chunks are chosen, but not their weights. retriever: as in DRTConfig.
     """
-    scores = retrieval_scores(query, landmarks, decay, near)                    # (B, C, C)
-    chunk = torch.arange(scores.shape[1], device=query.device)
+    chunk = torch.arange(scores.shape[1], device=scores.device)
     if retriever != "learned":
         scores = torch.zeros_like(scores)                   # so that all weigh the same
-    ranking = scores.detach() + chunk if retriever == "last" else scores.detach()
+    ranking = scores.detach()
+    if retriever == "last":
+        ranking = ranking + chunk
     if retriever == "random" or (explore and retriever == "learned"):
-        ranking = ranking - torch.empty_like(ranking).exponential_().log()      # plus Gumbel noise
+        ranking = ranking - torch.empty_like(ranking).exponential_().log()      # -log(Exp(1)): Gumbel noise
     ranking = ranking.masked_fill(chunk >= chunk[:, None], float("-inf"))
-    best, indices = ranking.sort(descending=True, stable=True)      # of equal scores, the earlier chunk
-    best, indices = best[..., :top_k], indices[..., :top_k]
+    best, indices = ranking.sort(descending=True, stable=True)      # stable, as topk is not: of equal scores
+    best, indices = best[..., :top_k], indices[..., :top_k]         # the earlier chunk, on every machine
     empty = best == float("-inf")                           # fewer than K chunks are earlier
-    weights = scores.gather(-1, indices).masked_fill(empty, -1e30).softmax(-1).masked_fill(empty, 0)
+    weights = softmax_of_filled(scores.gather(-1, indices), empty)
     n_spare = top_k - indices.shape[-1]
     return F.pad(weights, (0, n_spare)), F.pad(indices.masked_fill(empty, -1), (0, n_spare), value=-1)
 
 
-# ---------------------------------------------------------------- the model
+def softmax_of_filled(scores, empty):        # over a chunk's slots; an empty one, or all of them, weigh 0
+    return scores.masked_fill(empty, -1e30).softmax(-1).masked_fill(empty, 0)
+
+
+# ---------------------------------------------------------------- the text that is read
+
+class WholeText:
+    """T tokens that are read all at once: where chunks lie, and who attends to whom.
+
+    choose: a function of a group's scores (B, C, C) in the place of retrieve()
+    """
+
+    def __init__(self, model, T, choose=None):
+        self.model, self.T, self.S, config = model, T, model.config.chunk_size, model.config
+        explore = config.gumbel and model.training and torch.is_grad_enabled()          # not in validation
+        self.choose = choose or (lambda scores: retrieve(scores, config.top_k, config.retriever, explore))
+
+    def insert_landmarks(self, x):           # (B, T, d) -> (B, N, d): one behind every S - 1 text tokens
+        x = to_chunks(x, self.S - 1)                                            # (B, C, S - 1, d)
+        landmark = self.model.landmark.to(x.dtype).expand(*x.shape[:2], 1, -1)
+        return torch.cat([x, landmark], dim=2).flatten(1, 2)[:, :self.T + self.T // (self.S - 1)]
+
+    def attend(self, i):
+        """For layer i: attention of q (B, H, N, D) to k, v (B, Hkv, N, D) in the sliding window."""
+        function, window, slopes = self.model.window_attention, self.model.config.window, self.model.slopes
+        return lambda q, k, v: function(q, k, v, window, slopes)
+
+    def store(self, x):
+        """Encode the complete chunks in x (B, N, d), the lower decoder's output."""
+        self.landmarks, self.k, self.v = self.model.encoder(self.complete_chunks(x))
+
+    def retrieve(self, group, x):
+        """For the layers of a group, whose input is x (B, N, d): read(q), q (B, N, H, D) -> (B, N, H, D)."""
+        model, S, k, v, n_chunk = self.model, self.S, self.k, self.v, math.ceil(x.shape[1] / self.S)
+        query = model.query_norms[group](self.complete_chunks(x)[:, :, -1])     # (B, C, d): landmarks
+        chunk = torch.arange(query.shape[1], device=x.device)
+        with torch.autocast(x.device.type, enabled=False):                      # ranking needs full precision
+            scores = model.scores(group, query, self.landmarks, chunk, chunk)
+            weights, indices = self.choose(scores)
+        # Landmark t retrieved for chunk t + 1. Chunk 0 gets nothing; what the last one found, nobody reads.
+        weights = F.pad(weights, (0, 0, 1, 0))[:, :n_chunk]                     # (B, C, K)
+        indices = F.pad(indices, (0, 0, 1, 0), value=-1)[:, :n_chunk]
+        gca, softmax_one = model.gca, model.config.softmax_one
+
+        def read(q):
+            out = gca(to_chunks(q, S), k, v, weights, indices, softmax_one)     # (B, C, S, H, D)
+            return out.flatten(1, 2)[:, :q.shape[1]]
+
+        return read
+
+    def remove_landmarks(self, x):           # (B, N, d) -> (B, T, d): landmarks predict nothing
+        return to_chunks(x, self.S)[:, :, :-1].flatten(1, 2)[:, :self.T]
+
+    def complete_chunks(self, x):            # (B, N, d) -> (B, number of complete chunks, S, d)
+        n = x.shape[1] // self.S
+        return x[:, :n * self.S].unflatten(1, (n, self.S))
+
 
 def to_chunks(x, size):                      # (B, n, ..) -> (B, chunks, size, ..): zeros fill the last one
     padding = -x.shape[1] % size
@@ -266,6 +331,8 @@ def to_chunks(x, size):                      # (B, n, ..) -> (B, chunks, size, .
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
     return x.unflatten(1, (-1, size))
 
+
+# ---------------------------------------------------------------- the model
 
 def cross_entropy(hidden, weight, targets):
     """Mean cross-entropy of logits hidden @ weight.T; hidden (B, T, d), targets (B, T), -100 = no label."""
@@ -291,68 +358,46 @@ class DRT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2 or name == "landmark":
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5)                     # 1 / sqrt(fan_in)
-        self.cross_entropy = cross_entropy
+        self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
+        # Three functions that fast.apply() replaces by faster ones with the same results:
+        self.gca, self.window_attention, self.cross_entropy = gca, window_attention, cross_entropy
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, vocab_size), and mean cross-entropy of targets (-100: no label)."""
-        logits = self.head(self.hidden(tokens))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def loss(self, tokens, targets):         # forward's loss, for which not all logits have to exist at once
-        return self.cross_entropy(self.hidden(tokens), self.embedding.weight, targets)
+        hidden = self.hidden(tokens)
+        loss = None if targets is None else self.cross_entropy(hidden, self.embedding.weight, targets)
+        return self.head(hidden), loss
 
     def head(self, hidden):                  # (.., d) -> (.., vocab_size)
         return F.linear(hidden, self.embedding.weight)
 
-    def hidden(self, tokens):
-        """The data flow of Sec. 3: tokens (B, T) -> the last layer's output, normalized (B, T, d)."""
-        lower, upper = self.layers[:self.n_lower], self.layers[self.n_lower:]
+    def hidden(self, tokens, text=None):
+        """The data flow of Sec. 3: tokens (B, T) -> the last layer's output, normalized (B, T, d).
+
+        text: what these tokens are a part of; default: they are all of it.
+        """
+        text, config = text or WholeText(self, tokens.shape[1]), self.config
         x = self.embedding(tokens)                                              # (B, T, d)
-        if self.config.n_group:
-            x = self.insert_landmarks(x)                                        # (B, N, d)
-        for layer in lower:
-            x = layer(x)
-        if not self.config.n_group:                                             # the base LM
+        if config.n_group:
+            x = text.insert_landmarks(x)                                        # (B, N, d)
+        for i in range(self.n_lower):
+            x = self.layers[i](x, text.attend(i))
+        if not config.n_group:                                                  # the base LM
             return self.norm(x)
-        landmarks, k, v = self.encoder(self.complete_chunks(x))
-        group_size = len(upper) // self.config.n_group
-        for i, layer in enumerate(upper):
-            if i % group_size == 0:                                             # each group retrieves once
-                weights, indices = self.retrieve(i // group_size, x, landmarks)
-            x = layer(x, (k, v, weights, indices))
-        return self.norm(self.remove_landmarks(x, tokens.shape[1]))
+        text.store(x)
+        group_size = (config.n_layer - self.n_lower) // config.n_group
+        for i in range(self.n_lower, config.n_layer):
+            group, number = divmod(i - self.n_lower, group_size)
+            if number == 0:                                                     # each group retrieves once
+                read = text.retrieve(group, x)
+            x = self.layers[i](x, text.attend(i), read)
+        return self.norm(text.remove_landmarks(x))
 
-    def retrieve(self, group, x, landmarks):
-        """What each chunk attends to, found by the landmark *before* it: weights and indices (B, C, K)."""
-        query = self.query_norms[group](self.complete_chunks(x)[:, :, -1])
-        n_chunk = math.ceil(x.shape[1] / self.config.chunk_size)
-        explore = self.config.gumbel and self.training and torch.is_grad_enabled()      # not in validation
-        with torch.autocast(x.device.type, enabled=False):                      # ranking needs full precision
-            weights, indices = retrieve(query, landmarks, self.config.top_k, explore, self.config.retriever,
-                                        *self.decay_and_near(group))
-        # Shifted by one chunk: chunk 0 gets nothing, and nobody gets what the last landmark found.
-        weights = F.pad(weights, (0, 0, 1, 0))[:, :n_chunk]
-        return weights, F.pad(indices, (0, 0, 1, 0), value=-1)[:, :n_chunk]
-
-    def decay_and_near(self, group):
-        """For retrieval_scores(): inside the window, the distance does not matter."""
+    def scores(self, group, query, landmarks, t, c):
+        """retrieval_scores() of one group."""
         decay = self.decay[group].float() if self.config.recency else None
-        return decay, max(1, self.config.window // self.config.chunk_size)
-
-    def insert_landmarks(self, x):           # (B, T, d) -> (B, N, d): one behind every S - 1 text tokens
-        T, n_text = x.shape[1], self.config.chunk_size - 1
-        x = to_chunks(x, n_text)
-        landmark = self.landmark.to(x.dtype).expand(*x.shape[:2], 1, -1)
-        return torch.cat([x, landmark], dim=2).flatten(1, 2)[:, :T + T // n_text]
-
-    def remove_landmarks(self, x, T):        # (B, N, d) -> (B, T, d): landmarks predict nothing
-        return to_chunks(x, self.config.chunk_size)[:, :, :-1].flatten(1, 2)[:, :T]
-
-    def complete_chunks(self, x):            # (B, N, d) -> (B, number of complete chunks, S, d)
-        S = self.config.chunk_size
-        return x[:, :x.shape[1] // S * S].unflatten(1, (x.shape[1] // S, S))
+        window_chunks = max(1, self.config.window // self.config.chunk_size)
+        return retrieval_scores(query, landmarks, t, c, decay, window_chunks)
 
     @torch.no_grad()
     def generate(self, tokens, n_new, temperature=1.0):

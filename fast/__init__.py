@@ -1,9 +1,10 @@
 """The same results, faster. gca.py, model.py and tasks/ never import this package: it works from outside.
 
-    model = apply(model)                    swaps pieces of a model that exists, by the table below
+    model = apply(model)                    swaps three functions of a model that exists, by the table below
     memory = Memory(model)                  what reading leaves behind (memory.py)
     logits = read(model, tokens, memory)    reads on, instead of reading everything again (stream.py)
     for tokens in generate(model, ..): ..   generates, at a nearly constant cost per token (generate.py)
+    check(model, tokens)                    whether all this still does what the plain files do
 
     gca.py, hopper.py, launch.py    the kernels          window.py, loss.py    the table's other twins
     training.py                     steps as CUDA graphs, which tools/run.py asks for in train.py's loop
@@ -12,22 +13,26 @@
 
 Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.
 """
+import copy
 import warnings
 
+import torch
+
+import model as plain
 from fast import gca, loss, training, window
 from fast.generate import generate
 from fast.memory import Memory
 from fast.short import Graphs
-from fast.stream import read
-from model import DRT, CrossAttention, SelfAttention
+from fast.stream import read, read_segment
+from gca import require
 
-__all__ = ["Graphs", "Memory", "apply", "describe", "generate", "read"]
+__all__ = ["Graphs", "Memory", "apply", "check", "describe", "generate", "read"]
 
 TABLE = [
-    # plain piece                           fast twin                   in words; "" where it does not pay
-    (CrossAttention, "gca",                 gca.gca,                    gca.in_words),
-    (SelfAttention,  "window_attention",    window.window_attention,    window.in_words),
-    (DRT,            "cross_entropy",       loss.cross_entropy,         loss.in_words),
+    # plain function      fast twin                   in words; "" where it does not pay
+    ("gca",               gca.gca,                    gca.in_words),
+    ("window_attention",  window.window_attention,    window.in_words),
+    ("cross_entropy",     loss.cross_entropy,         loss.in_words),
 ]
 
 
@@ -48,10 +53,9 @@ def apply(model, compile=False):
 
 
 def swap(model):
-    for kind, attribute, twin, in_words in TABLE:
-        for module in model.modules():
-            if isinstance(module, kind) and in_words(model):
-                setattr(module, attribute, twin)
+    for name, twin, in_words in TABLE:
+        if in_words(model):
+            setattr(model, name, twin)
 
 
 def describe(model, config=None):
@@ -60,7 +64,32 @@ def describe(model, config=None):
     config: a TrainConfig, for a model that is to be trained: also whether its steps are CUDA graphs.
     """
     active = [training.in_words(model, config)] if config else []
-    for kind, attribute, twin, in_words in TABLE:
-        if any(isinstance(module, kind) and getattr(module, attribute) is twin for module in model.modules()):
-            active.append(in_words(model))
+    active += [in_words(model) for name, twin, in_words in TABLE if getattr(model, name) is twin]
     return ", ".join(filter(None, active))
+
+
+@torch.no_grad()
+def check(model, tokens):
+    """ValueError if reading in pieces differs from the plain files, on the first chunks of tokens (B, n).
+
+    Layers are written once, so an edit of theirs takes effect everywhere. An edit of what has a twin in here
+    does not. Pieces are of half a window, and of one token each at the end.
+    """
+    S, K, W = model.config.chunk_size, model.config.top_k, model.config.window
+    n = (K + 1) * (S - 1)                               # so few chunks that each retrieves all before it
+    if model.config.retriever != "random":
+        n = max(n, W + S)
+    tokens = tokens[:1, :n]
+    original = copy.copy(model)                         # the same weights
+    for name, _, _ in TABLE:
+        setattr(original, name, getattr(plain, name))
+    memory = Memory(model)
+    pieces = [*tokens[:, :-8].split(max(1, W // 2), dim=1), *tokens[:, -8:].split(1, dim=1)]
+    got = torch.cat([read_segment(model, piece, memory) for piece in pieces if piece.numel()], dim=1)
+    wanted = original.hidden(tokens)
+    errors = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1))[0]
+    error = max(errors.median(), errors[-8:].median()).item()
+    is_exact = got.dtype == torch.float32 and not torch.is_autocast_enabled(tokens.device.type)
+    require(error <= (1e-3 if is_exact else 5e-2), "fast/ reads other than the plain files (relative error "
+            f"{error:.1e}). An edit of gca.py, or of window_attention, retrieve or WholeText in model.py, "
+            "must be made in its twin, too (fast/gca.py, window.py, stream.py); or give --fast false")

@@ -1,10 +1,4 @@
-"""FlashGCA checked, and timed beside its baselines: `python -m fast.bench`.
-
-    check       relative errors of the kernels against the reference in float64, on fresh random inputs
-    benchmark   a table, on a GPU: SHAPES by the ways to compute them (contenders), time and memory
-    plot        a picture of SWEEPS: the forward pass by chunks retrieved and by context length
-"""
-import importlib.util
+"""FlashGCA beside its baselines: `python -m fast.bench` prints time and memory of SHAPES by contenders."""
 import sys
 import time
 from functools import partial
@@ -14,10 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import fast.gca  # noqa: F401 (it adds the backend "fast")
-from gca import copy_retrieved, gca, gca_reference, require, triton
+from gca import copy_retrieved, gca, gca_reference, triton
 from tools import cli
-
-DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, retrieval="uniform"):
@@ -35,24 +27,6 @@ def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=6
     if retrieval == "worst":
         indices[..., 0] = 0
     return q, k, v, torch.rand(B, Cq, K, device=device), indices
-
-
-def output_and_gradients(function, *tensors):
-    *floats, indices = tensors
-    leaves = [x.detach().requires_grad_() for x in floats]
-    out = function(*leaves, indices)
-    return out, *torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(1).sin())
-
-
-def check(device):
-    """Print the kernels' relative errors against the reference in float64: output and gradients."""
-    for dtype in DTYPES:
-        *floats, indices = random_inputs(device, dtype)
-        wanted = output_and_gradients(gca_reference, *(x.double() for x in floats), indices)
-        for backend in ("triton", "fast"):
-            got = output_and_gradients(partial(gca, backend=backend), *floats, indices)
-            errors = [f"{((x - y).norm() / y.norm()).item():.1e}" for x, y in zip(got, wanted, strict=True)]
-            print(f"{backend:6} {str(dtype)[6:]:8} relative error of out, dq, dk, dv, dweights:", *errors)
 
 
 PAPER = dict(B=4, Cq=256, Sq=64, Hq=12, Hkv=12, D=64, Ck=256, Sk=64, K=8)       # of one layer, in training
@@ -146,14 +120,14 @@ def wall_time(run, n=50):
     return 1000 * (time.perf_counter() - start) / n
 
 
-def compare(name, shape, peak, compiled):
+def compare(name, shape, peak):
     """One row for each contender; ours have the ratio to the best baseline, forward + backward."""
     torch._dynamo.reset()
     *floats, indices = random_inputs("cuda", torch.bfloat16, **shape)
     backward = shape["Cq"] > 1
     flops = 4 * shape["B"] * shape["Cq"] * shape["Sq"] * shape["Hq"] * shape["K"] * shape["Sk"] * shape["D"]
     best = float("inf")
-    for contender, function, leaves in contenders(*floats, indices, compiled and backward):
+    for contender, function, leaves in contenders(*floats, indices, compiled=backward):
         try:
             row = measure(function, leaves, backward)
         except RuntimeError as error:           # out of memory, or not for this shape
@@ -170,7 +144,7 @@ def compare(name, shape, peak, compiled):
         yield dict(shape=name, retrieval=shape.get("retrieval", "uniform"), contender=contender) | row
 
 
-def benchmark(shapes, compiled=True):
+def benchmark(shapes):
     """Rows of numbers, printed as they come. Shares are of the measured bf16 matrix product, in percent."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / triton.testing.do_bench(lambda: a @ b, return_mode="median")   # FLOP a millisecond
@@ -179,52 +153,24 @@ def benchmark(shapes, compiled=True):
     print(f"{'shape':16}{'retrieval':10}{'contender':20}", *(f"{column:>14}" for column in columns))
     rows = []
     for name, shape in shapes:
-        for row in compare(name, shape, peak, compiled):
+        for row in compare(name, shape, peak):
             rows.append(row)
             values = (f"{row[column]:14.3f}" if column in row else " " * 14 for column in columns)
             print(f"{name:16}{row['retrieval']:10}{row['contender']:20}", *values, flush=True)
     return rows
 
 
-SWEEPS = {"chunks retrieved, K": [(str(K), PAPER | dict(B=1, K=K)) for K in (1, 2, 4, 8, 16, 32, 64)],
-          "tokens of context": [(str(64 * C), PAPER | dict(B=1, Cq=C, Ck=C)) for C in (64, 256, 1024, 4096)]}
-
-
-def plot(sweeps, path):
-    """Time of the forward pass by K and by context length; sweeps: {label: rows of benchmark()}."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, (label, rows) in zip(axes, sweeps.items(), strict=True):
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            curve = [row for row in rows if row["contender"] == name]
-            axis.loglog([int(row["shape"]) for row in curve], [row["forward_ms"] for row in curve], "o-",
-                        label=name)
-        axis.set(xlabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="forward, ms")
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
-
-
 @cli.program
 def main(argv=None):
-    parser = cli.Parser(description="Check FlashGCA against the reference; on a GPU, time it.")
+    parser = cli.Parser(description="Time FlashGCA and its baselines on a GPU.")
     parser.add_argument("--json", type=Path, help="write the benchmark's rows to this file")
-    parser.add_argument("--plot", type=Path, help="draw time by K and by length instead (needs matplotlib)")
     args = parser.parse_args(argv)
     cli.check_writable("--json", args.json)
-    cli.check_writable("--plot", args.plot)
-    require(not args.plot or importlib.util.find_spec("matplotlib"),
-            "--plot needs matplotlib: pip install matplotlib")
     if triton is None or not torch.cuda.is_available():
         return print("Nothing can be timed without a GPU. `python gca.py` checks the kernels on any machine.")
-    device = torch.device("cuda")
-    check(device)
-    if args.plot:
-        return plot({label: benchmark(shapes, compiled=False) for label, shapes in SWEEPS.items()}, args.plot)
     rows = benchmark(SHAPES)
     if args.json:
-        cli.save_report(args.json, {}, device, rows)
+        cli.save_report(args.json, {}, torch.device("cuda"), rows)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from gca import require
+from gca import Mistake, require
+from model import DRTConfig
 
 
-class Damaged(ValueError):
+class Damaged(Mistake):
     """A file that is not what it should be, as opposed to one that cannot be read."""
 
 
@@ -54,3 +55,8 @@ def load_saved(path, what, parts):
             raise
         raise Damaged(f"{path} is damaged or not {what}") from error
     return state
+
+
+def saved_config(values):
+    """The DRTConfig in a file. What an old one lacks has its default, or what was so before."""
+    return DRTConfig(**dict(encoder_rope=False) | values)

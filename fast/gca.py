@@ -23,9 +23,9 @@ from gca import (
     backward_tile,
     chunk_softmax,
     jit,
-    kernel_fits,
     launch_options,
     load_tile,
+    tile_rows,
     triton,
 )
 
@@ -80,11 +80,11 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, n_part, B, Cq, Ck, Sq,
         k = load_tile(K, chunk, 0, h // GROUP, KEYS, D)
         v = load_tile(V, chunk, 0, h // GROUP, KEYS, D)
         scores = tl.dot(q, k.T, input_precision=DOT)                            # (ROWS, KEYS)
-        p, inverse = chunk_softmax(scores, scale, Sk, KEYS, ONE)
+        p, total = chunk_softmax(scores, scale, Sk, KEYS, ONE)
         if D <= KEYS:                                                           # scale the smaller tile
-            out += tl.dot(p.to(v.dtype), v, input_precision=DOT) * (w * inverse)[:, None]
+            out += tl.dot(p.to(v.dtype), v, input_precision=DOT) * (w / total)[:, None]
         else:
-            out += tl.dot((p * (w * inverse)[:, None]).to(v.dtype), v, input_precision=DOT)
+            out += tl.dot((p * (w / total)[:, None]).to(v.dtype), v, input_precision=DOT)
     store_tile(Out, part * B * Cq + c, row, h, out, ROWS, D)
 
 
@@ -380,7 +380,7 @@ plain.BACKENDS["fast"] = op
 
 def gca(q, k, v, weights, indices, softmax_one=True, scale=None):
     """gca.py's gca() with the fastest backend for these tensors: "fast" on a GPU, where the kernels fit."""
-    backend = "fast" if q.is_cuda and kernel_fits(q, k) else "auto"
+    backend = "fast" if q.is_cuda and tile_rows(q, k) else "auto"
     return plain.gca(q, k, v, weights, indices, softmax_one, scale, backend)
 
 
@@ -389,7 +389,7 @@ def in_words(model):
     config = model.config
     D, S = config.n_embd // config.n_head, config.chunk_size
     x = torch.empty(1, 1, S, config.n_head, D, dtype=torch.bfloat16, device="meta")
-    if not kernel_fits(x, x[:, :, 1:]):
+    if not tile_rows(x, x[:, :, 1:]):
         return "reference attention"
     options = launch_options(x, x[:, :, 1:], config.softmax_one)
     return "Hopper kernels" if hopper and hopper.fits(x, options) else "Triton kernels"

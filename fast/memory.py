@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fast.files import Damaged, atomic_file, load_saved
+from fast.files import Damaged, atomic_file, load_saved, saved_config
 from gca import jit, require, triton
-from model import DRTConfig, alibi_slopes, band_bias
+from model import band_bias
 
 if triton:
     import triton.language as tl
@@ -194,8 +194,7 @@ class Memory:
         self.cache = ChunkCache(config.n_group) if offload and self.device.type == "cuda" else None
         self.length = 0                                         # text tokens read so far
         self.window = [None] * config.n_layer                   # each layer's (k, v) of the last W positions
-        slopes = alibi_slopes(config.n_head).to(self.device)    # of a single query, with the longest past
-        self.bias = band_bias(1, config.window + 1, config.window, slopes)[:, 0]
+        self.bias = band_bias(1, config.window + 1, config.window, model.slopes)[:, 0]  # of a single query
         self.unfinished = None                                  # (B, <S, d) lower decoder's output for it
         no_slot = torch.zeros(batch_size, 1, config.top_k, device=self.device)
         self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group   # weights, indices: for this chunk
@@ -330,8 +329,7 @@ class Memory:
         """The memory in a file that save() wrote; ValueError if it is none, damaged, or another model's."""
         require(Path(path).is_file(), f"no memory file at {path}")
         state = load_saved(path, "a memory that Memory.save wrote", PARTS)
-        config = vars(DRTConfig()) | state["config"]    # what it lacks has its default
-        require(config == vars(model.config) and state["weights"] == fingerprint(model),
+        require(saved_config(state["config"]) == model.config and state["weights"] == fingerprint(model),
                 f"{path} must be a memory of this model; another model's weights wrote it")
         if not holds_its_length(state, model.config):
             raise Damaged(f"{path} is damaged: its tensors are not those of {state['length']} tokens")

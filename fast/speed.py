@@ -1,20 +1,52 @@
 """How fast a DRT reads and generates, by context length, beside a base LM and full attention.
 
-eval.py speed calls speed(), on random tokens: what they say makes no difference.
+Tokens are random: what they say makes no difference.
 """
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import fast
 from fast.generate import generate
 from fast.memory import Memory
 from fast.short import Graphs
 from fast.stream import read, segment_length
-from model import DRT
+from gca import require
+from model import DRT, DRTConfig
+from tools import cli
+from tools.checkpoint import load_checkpoint
 
 FULL_ATTENTION_LIMIT = 2 ** 18              # its reading time grows with the square of the length
+
+
+def flags(parser):
+    parser.add_argument("--lengths", type=cli.lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
+                        help="tokens of context, separated by commas (4096 to 1048576)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens to generate (%(default)s)")
+    parser.add_argument("--compare", action="store_true", help="also a base LM and a full-attention model, "
+                        "with two layers more")
+    parser.add_argument("--ckpt", type=Path, help="checkpoint; default: random weights")
+    cli.add_shared(parser, "offload dtype json seed device")
+    cli.add_fields(parser.add_argument_group("model"), DRTConfig)
+
+
+def run(args, device):
+    names = [f.name for f in fields(DRTConfig) if getattr(args, f.name) is not None]
+    if args.ckpt:
+        require(not names, f"--{names and names[0]} must be left out with --ckpt, which says it")
+        model, weights = load_checkpoint(args.ckpt, device)[0], f"weights of {args.ckpt}"
+    else:
+        config = DRTConfig(**{name: getattr(args, name) for name in names})
+        model, weights = DRT(config).to(device).eval(), "random weights"
+    dtype = cli.pick_dtype(args.dtype, device)
+    print(f"{cli.hardware(device)}; {weights}, {str(dtype)[6:]}; batch 1")
+    model = fast.apply(model.to(dtype))
+    rows = [*speed(model, args.lengths, args.tokens, args.offload, args.compare, args.seed)]
+    cli.print_table(rows)
+    return dict(vars(model.config), weights=weights), rows
 
 
 def synchronize(device):
@@ -52,39 +84,46 @@ def time_drt(model, tokens, n_new, offload):
     return seconds, 1000 * (time.perf_counter() - start) / n_new, memory.nbytes, hit_rate
 
 
-class FullAttention(DRT):
-    """For comparison: the base LM with plain causal attention to everything, in a cache of a fixed size."""
+class FullText:
+    """For comparison: a text whose tokens attend to all before them. The base LM asks for no more of it."""
 
-    def read(self, tokens, cache, length):
-        """tokens (B, n) at positions length .. length+n-1, n = 1 unless length is 0: last token's logits."""
-        stop, x = length + tokens.shape[1], self.embedding(tokens)
-        for layer, (keys, values) in zip(self.layers, cache, strict=True):
-            q, keys[:, :, length:stop], values[:, :, length:stop] = layer.attention.heads(layer.norm1(x))
-            out = F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop],
-                                                 is_causal=length == 0, enable_gqa=True)
-            x = x + layer.attention.out(out.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.norm2(x))
-        return self.head(self.norm(x[:, -1]))
+    def __init__(self, model, room):
+        p, config = model.embedding.weight, model.config
+        shape = 1, config.n_kv_head, room, config.n_embd // config.n_head
+        self.cache = [(p.new_empty(shape), p.new_empty(shape)) for _ in range(config.n_layer)]
+        self.length = 0                                         # tokens that are in the cache
 
-    def cache(self, batch_size, room):
-        p, config = self.embedding.weight, self.config
-        shape = batch_size, config.n_kv_head, room, config.n_embd // config.n_head
-        return [(p.new_empty(shape), p.new_empty(shape)) for _ in range(config.n_layer)]
+    def attend(self, i):
+        """Self-attention of layer i: all of a text that begins, or one more token."""
+        (keys, values), length = self.cache[i], self.length
+
+        def attend(q, k, v):
+            stop = length + q.shape[2]
+            keys[:, :, length:stop], values[:, :, length:stop] = k, v
+            return F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop],
+                                                  is_causal=length == 0, enable_gqa=True)
+
+        return attend
 
 
 def time_full_attention(model, tokens, n_new, _):
     """The same; its decoding step is timed as a CUDA graph too, replayed at the same position."""
     device, n = tokens.device, tokens.shape[1]
-    cache, token = model.cache(1, n + 1), tokens[:, :1]
-    model.read(tokens[:, :64], cache, 0)
+    text, token = FullText(model, n + 1), tokens[:, :1]
+
+    def read(tokens):
+        return model.head(model.hidden(tokens, text)[:, -1])
+
+    read(tokens[:, :64])
     synchronize(device)
     start = time.perf_counter()
-    model.read(tokens, cache, 0)
+    read(tokens)
     synchronize(device)
     seconds = time.perf_counter() - start
+    text.length = n
 
     def step():
-        return model.read(token, cache, n)
+        return read(token)
 
     step()
     if device.type == "cuda":
@@ -97,20 +136,20 @@ def time_full_attention(model, tokens, n_new, _):
     for _ in range(n_new):
         step()
     synchronize(device)
-    ms, size = 1000 * (time.perf_counter() - start) / n_new, sum(x.nbytes for pair in cache for x in pair)
+    ms = 1000 * (time.perf_counter() - start) / n_new
+    size = sum(x.nbytes for pair in text.cache for x in pair)
     return seconds, ms, dict(gpu=size, cpu=0) if device.type == "cuda" else dict(gpu=0, cpu=size), 0.0
 
 
 @torch.no_grad()
-def speed(model, lengths, n_new, offload, compare, seed, peak_memory):
-    """Yield a row for each context length and model; peak_memory(): the row's last columns, once it ran."""
+def speed(model, lengths, n_new, offload, compare, seed):
+    """Yield a row for each context length and model."""
     weight = model.embedding.weight
     models = [("DRT, offloaded" if offload else "DRT", model, time_drt)]
     if compare:
         base = replace(model.config, n_group=0, n_layer=model.config.n_layer + 2)
         models += [("base LM", DRT(base).to(weight.device, weight.dtype).eval(), time_drt),
-                   ("full attention", FullAttention(base).to(weight.device, weight.dtype).eval(),
-                    time_full_attention)]
+                   ("full attention", DRT(base).to(weight.device, weight.dtype).eval(), time_full_attention)]
     generator = torch.Generator(weight.device).manual_seed(seed)
     least = min(*lengths, FULL_ATTENTION_LIMIT)
     for _, subject, timed in models:                            # once untimed: what is loaded on first use
@@ -129,4 +168,4 @@ def speed(model, lengths, n_new, offload, compare, seed, peak_memory):
                 model=name, parameters=sum(p.numel() for p in subject.parameters()), length=length,
                 read_seconds=seconds, read_tokens_per_second=length / seconds, ms_per_new_token=ms,
                 memory_gpu_gib=size["gpu"] / 2 ** 30, memory_cpu_gib=size["cpu"] / 2 ** 30,
-                cache_hits_percent=hit_rate, **peak_memory())
+                cache_hits_percent=hit_rate, **cli.peak_memory(weight.device))

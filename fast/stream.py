@@ -3,18 +3,18 @@
     memory = Memory(model)                      what reading leaves behind (memory.py)
     logits = read(model, tokens, memory)        reads on from where the memory stands, by any number of tokens
 
-The data flow is that of DRT.hidden, with three differences. Self-attention continues from the windows in the
-memory. A piece of text may begin and end inside a chunk (Grid). And landmarks are scored a block at a time,
-so that only the memory's chunks grow with the text. (Chunks in CPU memory are waited for, too: memory.py.)
+The data flow is DRT.hidden's. What it asks of model.py's WholeText, it asks of a Piece here, with three
+differences. Self-attention continues from the windows in the memory. A piece may begin and end inside a chunk
+(Grid). And landmarks are scored a block at a time, so that only the memory's chunks grow with the text.
 """
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from fast import gca, window
+from fast import window
 from gca import require
-from model import log_distance
+from model import softmax_of_filled
 
 SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream of one segment
 MAX_SCORES = 2 ** 26                # retrieval scores held at once; both bound the memory that reading takes
@@ -71,65 +71,90 @@ def segment_length(model, batch_size):
     return max(1, size // n_text) * n_text
 
 
-# ---------------------------------------------------------------- the data flow, once more
+# ---------------------------------------------------------------- a piece of a text
 
 def read_segment(model, tokens, memory):
     """DRT.hidden from where the memory stands: tokens (B, n) -> the last layer's output (B, n, d)."""
-    grid = Grid(model.config.chunk_size, memory.length, tokens.shape[1])
-    x = model.embedding(tokens)                                         # (B, n, d)
-    memory.length += tokens.shape[1]
-    if model.config.n_group:
-        x = grid.insert_landmarks(x, model.landmark)                    # (B, N, d)
-    for i in range(model.n_lower):
-        x = decode(model.layers[i], x, memory, i)
-    if not model.config.n_group:
-        return model.norm(x)
-    encode(model, x, grid, memory)
-    group_size = (model.config.n_layer - model.n_lower) // model.config.n_group
-    for i in range(model.n_lower, model.config.n_layer):
-        if (i - model.n_lower) % group_size == 0:
-            retrieved = retrieve_for_group(model, (i - model.n_lower) // group_size, x, grid, memory)
-        x = decode(model.layers[i], x, memory, i, grid, retrieved)
-    return grid.text(model.norm(x))
+    return model.hidden(tokens, Piece(model, tokens.shape[1], memory))
 
 
-def decode(layer, x, memory, i, grid=None, retrieved=None):
-    """Block.forward of layer i, whose self-attention continues from the window in memory."""
-    y = z = x + self_attention(layer.attention, layer.norm1(x), memory, i)
-    if retrieved is not None:
-        z = y + cross_attention(layer.cross, layer.norm_cross(y), grid, *retrieved)
-    residual = z if layer.gca_residual else y
-    return residual + layer.mlp(layer.norm2(z))
+class Piece:
+    """The next n tokens of a text whose past a memory holds; methods as those of model.py's WholeText."""
 
+    def __init__(self, model, n, memory):
+        self.model, self.memory = model, memory
+        self.grid = Grid(model.config.chunk_size, memory.length, n)
+        memory.length += n
 
-def self_attention(attention, x, memory, i):
-    q, k, v = attention.heads(x)
-    past = memory.window[i]                                             # (k, v) of the last W positions
-    if past is not None:
-        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-    if past is not None and x.shape[1] == 1:
-        out = window.one_query_attention(q, k, v, memory.bias)
-    else:
-        out = window.window_attention(q, k, v, attention.window, attention.slopes)
-    width = attention.window
-    memory.window[i] = copy_of(k[:, :, -width:]), copy_of(v[:, :, -width:])
-    return attention.out(out.transpose(1, 2).flatten(2))
+    def insert_landmarks(self, x):           # (B, n, d) -> (B, N, d): one behind each completed chunk
+        x = self.grid.pad(x, self.grid.S - 1, self.grid.n)
+        landmark = self.model.landmark.to(x.dtype).expand(*x.shape[:2], 1, -1)
+        return self.grid.to_stream(torch.cat([x, landmark], dim=2))
+
+    def attend(self, i):
+        """For layer i: attention that continues from the window in the memory, and leaves one there."""
+        memory, width, slopes = self.memory, self.model.config.window, self.model.slopes
+        window_attention = self.model.window_attention
+
+        def attend(q, k, v):
+            past = memory.window[i]                                     # (k, v) of the last W positions
+            if past is not None:
+                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            memory.window[i] = copy_of(k[:, :, -width:]), copy_of(v[:, :, -width:])
+            if past is not None and q.shape[2] == 1:
+                return window.one_query_attention(q, k, v, memory.bias)
+            return window_attention(q, k, v, width, slopes)
+
+        return attend
+
+    def store(self, x):
+        """Store the chunks that this piece completes, and keep the rest for the next piece."""
+        memory, S, n_whole = self.memory, self.grid.S, self.grid.whole * self.grid.S
+        x = torch.cat([memory.unfinished, x], dim=1) if memory.unfinished is not None else x
+        memory.unfinished = copy_of(x[:, n_whole:])
+        if n_whole or not memory.pages:
+            memory.append(*self.model.encoder(x[:, :n_whole].unflatten(1, (self.grid.whole, S))))
+
+    def retrieve(self, group, x):
+        """read(q) for the layers of a group: GCA with chunks of the memory.
+
+        Landmark t retrieves for chunk t + 1. The chunk that this piece begins in has been served before.
+        """
+        model, memory, grid = self.model, self.memory, self.grid
+        weights, indices = memory.serving[group]                        # (B, 1, K)
+        if grid.whole:
+            query = model.query_norms[group](grid.landmarks(x))         # (B, whole, d)
+            t = torch.arange(grid.first, grid.first + grid.whole, device=x.device)
+            with torch.autocast(x.device.type, enabled=False):          # ranking needs full precision
+                score = partial(model.scores, group, query)
+                new_weights, new_indices = retrieve(
+                    score, t, memory.landmarks(), model.config.top_k, model.config.retriever)
+            weights = torch.cat([weights, new_weights], dim=1)
+            indices = torch.cat([indices, new_indices], dim=1)
+            memory.serving[group] = copy_of(weights[:, -1:]), copy_of(indices[:, -1:])
+            weights, indices = weights[:, :grid.chunks], indices[:, :grid.chunks]
+        pages, indices, ready = memory.serve(group, indices)
+        gca, softmax_one = model.gca, model.config.softmax_one
+
+        def read(q):
+            if ready:                                                   # chunks come from CPU memory
+                ready.wait()
+            return grid.to_stream(gca_of_pages(gca, grid.to_chunks(q), pages, weights, indices, softmax_one))
+
+        return read
+
+    def remove_landmarks(self, x):           # (B, N, d) -> (B, n, d)
+        grid = self.grid
+        if grid.chunks == 1:
+            return x[:, :grid.n]
+        return grid.to_chunks(x)[:, :, :-1].flatten(1, 2)[:, grid.offset:grid.offset + grid.n]
 
 
 def copy_of(x):                             # a slice would keep the whole of its tensor in memory
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def cross_attention(cross, x, grid, weights, indices, pages, ready):
-    """The rows of each chunk of the grid attend to the chunks retrieved for it, which `ready` waits for."""
-    q = grid.to_chunks(cross.query(x).unflatten(-1, (cross.n_head, -1)))                # (B, C, S, H, D)
-    if ready:
-        ready.wait()
-    out = attend(q, pages, weights, indices, cross.softmax_one)
-    return cross.out(grid.to_stream(out).flatten(2))
-
-
-def attend(q, pages, weights, indices, softmax_one):
+def gca_of_pages(gca, q, pages, weights, indices, softmax_one):
     """gca() over chunks in several pages, [(k, v, chunks used)]: its sum over chunks is a sum over pages."""
     B = len(q)
     if len(pages[0][0]) < B:        # an offloaded memory's cache, (1, slots, ..): chunks of all sequences
@@ -139,36 +164,9 @@ def attend(q, pages, weights, indices, softmax_one):
         here = indices
         if len(pages) > 1:
             here = torch.where((indices >= first) & (indices < first + n_used), indices - first, -1)
-        outputs.append(gca.gca(q, k, v, weights, here, softmax_one))
+        outputs.append(gca(q, k, v, weights, here, softmax_one))
         first += n_used
     return sum(outputs[1:], outputs[0]).view(B, -1, *q.shape[2:])
-
-
-def encode(model, x, grid, memory):
-    """Store the chunks that this piece completes, and keep the rest for the next piece."""
-    x = torch.cat([memory.unfinished, x], dim=1) if memory.unfinished is not None else x
-    n_whole = grid.whole * grid.S
-    memory.unfinished = copy_of(x[:, n_whole:])
-    if grid.whole or not memory.pages:
-        memory.append(*model.encoder(x[:, :n_whole].unflatten(1, (grid.whole, grid.S))))
-
-
-def retrieve_for_group(model, g, x, grid, memory):
-    """What the chunks of the grid attend to: weights, indices (B, C, K), pages of k and v, and a CUDA event.
-
-    Landmark t retrieves for chunk t + 1. The chunk that this piece begins in was served by an earlier one.
-    """
-    weights, indices = memory.serving[g]                                # (B, 1, K)
-    if grid.whole:
-        query = model.query_norms[g](grid.landmarks(x))                 # (B, whole, d)
-        with torch.autocast(x.device.type, enabled=False):              # ranking needs full precision
-            new_weights, new_indices = retrieve(query, memory.landmarks(), grid.first, model.config.top_k,
-                                                model.config.retriever, *model.decay_and_near(g))
-        weights, indices = torch.cat([weights, new_weights], dim=1), torch.cat([indices, new_indices], dim=1)
-        memory.serving[g] = copy_of(weights[:, -1:]), copy_of(indices[:, -1:])
-        weights, indices = weights[:, :grid.chunks], indices[:, :grid.chunks]
-    pages, indices, ready = memory.serve(g, indices)
-    return weights, indices, pages, ready
 
 
 class Grid:
@@ -201,80 +199,46 @@ class Grid:
         start = self.offset if self.chunks > 1 else 0
         return x.flatten(1, 2)[:, start:start + self.length]
 
-    def insert_landmarks(self, x, landmark):  # (B, n, d), (d,) -> (B, N, d): one behind each completed chunk
-        x = self.pad(x, self.S - 1, self.n)
-        landmark = landmark.to(x.dtype).expand(*x.shape[:2], 1, -1)
-        return self.to_stream(torch.cat([x, landmark], dim=2))
-
     def landmarks(self, x):                  # (B, N, d) -> (B, whole, d)
         return x[:, self.S - 1 - self.offset::self.S]
-
-    def text(self, x):                       # (B, N, d) -> (B, n, d): the stream without its landmarks
-        if self.chunks == 1:
-            return x[:, :self.n]
-        return self.to_chunks(x)[:, :, :-1].flatten(1, 2)[:, self.offset:self.offset + self.n]
 
 
 # ---------------------------------------------------------------- retrieval, a block of landmarks at a time
 
-def retrieve(query, landmarks, first, top_k, retriever="learned", decay=None, near=1):
-    """model.py's retrieve for chunks first .. first + n - 1: query (B, n, d) -> weights, indices (B, n, K).
+def retrieve(score, t, landmarks, top_k, retriever="learned"):
+    """model.py's retrieve() for the chunks t (n,), which follow each other: weights, indices (B, n, K).
 
-    landmarks: every chunk's l_c in order, as a list of (B, M, d). The best K so far compete with the best K
-    of each block.
+    landmarks: every chunk's l_c in order, as a list of (B, m, d). score(block, t, c): (B, n, m) of a block of
+    them, of chunks c (m,). The best K so far compete with the best K of each block.
     """
-    B, n, d = query.shape
-    t = torch.arange(first, first + n, device=query.device)[:, None]
+    B, n, K = len(landmarks[0]), len(t), top_k
     size = max(1, MAX_SCORES // max(1, B * n) // BUNDLE) * BUNDLE
-    nothing = torch.empty(B, n, 0, device=query.device)
-    best_ranking, best_scores, best_indices = nothing, nothing, t.new_empty(B, n, 0)
+    nothing = torch.empty(B, n, 0, device=t.device)
+    best_ranking, best_scores, best_indices = nothing, nothing, nothing.long()
     start = 0
     for page in landmarks:
         for block in page.split(size, dim=1):
-            scores = inner_products(query, block)                       # (B, n, M)
-            chunk = torch.arange(start, start + block.shape[1], device=query.device)
-            if decay is not None:
-                scores -= penalty(decay * d ** 0.5, first, n, start, block.shape[1], near)      # scaled below
+            c = torch.arange(start, start + block.shape[1], device=t.device)
+            scores = score(block, t, c)
             if retriever != "learned":
                 scores = torch.zeros_like(scores)
             ranking = scores
             if retriever == "last":
-                ranking = ranking + chunk
+                ranking = ranking + c
             if retriever == "random":
                 ranking = torch.rand_like(ranking)
-            if start + block.shape[1] > first:                          # not all are earlier chunks
-                ranking = ranking.masked_fill(chunk >= t, float("-inf"))
-            chosen = first_largest(ranking, top_k)
+            ranking = ranking.masked_fill(c >= t[:, None], float("-inf"))       # not earlier
+            chosen = first_largest(ranking, K)
             best_ranking = torch.cat([best_ranking, ranking.gather(-1, chosen)], dim=-1)
             best_scores = torch.cat([best_scores, scores.gather(-1, chosen)], dim=-1)
             best_indices = torch.cat([best_indices, chosen + start], dim=-1)
             best_ranking, order = best_ranking.sort(descending=True, stable=True)
-            best_ranking, order = best_ranking[..., :top_k], order[..., :top_k]
+            best_ranking, order = best_ranking[..., :K], order[..., :K]
             best_scores, best_indices = best_scores.gather(-1, order), best_indices.gather(-1, order)
             start += block.shape[1]
-    n_spare = top_k - best_ranking.shape[-1]
-    empty = F.pad(best_ranking, (0, n_spare), value=float("-inf")) == float("-inf")
-    scores = F.pad(best_scores * d ** -0.5, (0, n_spare)).masked_fill(empty, -1e30)
-    weights = scores.softmax(-1).masked_fill(empty, 0)
-    return weights, F.pad(best_indices, (0, n_spare)).masked_fill(empty, -1)
-
-
-def penalty(decay, first, n, start, M, near):
-    """decay * log_distance of chunks start .. start + M - 1 before chunks first .. first + n - 1: (n, M).
-
-    It depends on the distance alone, so it is computed once for each diagonal, n + M - 1 times.
-    """
-    chunk = torch.arange(start, start + n + M - 1, device=decay.device)
-    line = decay * log_distance(first + n - 1, chunk, near)
-    last_first = line.unfold(0, M, 1)                                   # row r: of chunk first + n - 1 - r
-    return last_first[torch.arange(n - 1, -1, -1, device=decay.device)]
-
-
-def inner_products(query, landmarks):
-    """(B, n, d), (B, M, d) -> (B, n, M) float32, as exact as the inputs."""
-    if query.is_cuda and query.dtype == landmarks.dtype != torch.float32:
-        return torch.bmm(query, landmarks.mT, out_dtype=torch.float32)  # low precision in, none lost
-    return query.float() @ landmarks.float().mT
+    empty, n_spare = best_ranking == float("-inf"), K - best_ranking.shape[-1]
+    weights, indices = softmax_of_filled(best_scores, empty), best_indices.masked_fill(empty, -1)
+    return F.pad(weights, (0, n_spare)), F.pad(indices, (0, n_spare), value=-1)
 
 
 def first_largest(x, k):

@@ -30,7 +30,7 @@ def in_words(model, config):
 
 
 class GraphedObjective(nn.Module):
-    """objective(*batch) -> loss and numbers, for one backward pass each, which comes before the next call.
+    """objective(*batch) -> loss and {name: number}, for one backward pass each, before the next call.
 
     Only for train.py's loop: results and gradients lie where the next call writes its own, and what changes
     about the model, other than its weights, is not seen.
@@ -73,4 +73,4 @@ class Recorded(nn.Module):
     def forward(self, *batch):
         with torch.autocast(*self.autocast, cache_enabled=False):
             value, numbers = self.objective(*batch)
-        return value, tuple(x.detach() for x in numbers)
+        return value, {name: x.detach() for name, x in numbers.items()}

@@ -1,19 +1,17 @@
-"""Sliding-window attention with ALiBi, faster, and for queries that have a past: the twin of model.py's.
+"""Sliding-window attention with ALiBi, faster: the twin of model.py's, and what it calls where that pays.
 
-    window_attention      picks the first of these that fits
-    dense_attention       every key against every query: for few queries
-    flex_window           one kernel that reads only the blocks inside the window (CUDA, flex_attention)
-    blockwise_attention   model.py's way, with a past
+    window_attention      flex_window on a GPU, for wide windows and many queries; otherwise model.py's
+    flex_window           one kernel that reads only the blocks inside the window (torch's flex_attention)
+    one_query_attention   for a single query, in generation
 
 All take q (B, H, n, D) and k, v (B, Hkv, m, D) with m >= n: the queries are the last n of the m positions.
 """
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from model import band_bias
+import model as plain
 
 BLOCK = 128                         # of flex_attention's block mask
 WIDE = 128                          # narrower: blocks, a little slower, but nothing is compiled
@@ -21,48 +19,14 @@ WIDE = 128                          # narrower: blocks, a little slower, but not
 
 def window_attention(q, k, v, window, slopes):
     """Causal self-attention over the last W positions, with ALiBi (Sec. 3). Any n >= 1."""
-    if q.shape[2] <= window:
-        return dense_attention(q, k, v, window, slopes)
-    if q.is_cuda and window >= WIDE and q.shape[-1] >= 16:  # flex_attention takes no narrower heads
+    if q.is_cuda and q.shape[2] > window >= WIDE and q.shape[-1] >= 16:     # it takes no narrower heads
         return flex_window(q, k, v, window, slopes)
-    return blockwise_attention(q, k, v, window, slopes)
+    return plain.window_attention(q, k, v, window, slopes)
 
 
 def in_words(model):
     config = model.config
-    is_flex = config.window >= WIDE and config.n_embd // config.n_head >= 16
-    return "flex attention" if is_flex else "window in blocks"
-
-
-def dense_attention(q, k, v, window, slopes):
-    bias = band_bias(q.shape[2], k.shape[2], window, slopes).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
-
-
-def blockwise_attention(q, k, v, window, slopes):
-    """Blocks of W queries against their own block of keys and the one before: exact, and linear in n."""
-    B, H, n, _ = q.shape
-    past = k.shape[2] - n
-    n_first = max(0, window - past)          # queries that have no full window of keys before them
-    n_first_key = past + n_first             # what these see
-    n_block = -(-(n - n_first) // window)
-    padding = n_block * window - (n - n_first)
-    bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
-
-    def key_blocks(x):                       # (B, Hkv, m, D) -> (B * n_block, Hkv, 2W, D)
-        x = F.pad(x[:, :, n_first_key - window:], (0, 0, 0, padding)).unflatten(2, (n_block + 1, window))
-        return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
-
-    blocks = F.pad(q[:, :, n_first:], (0, 0, 0, padding)).unflatten(2, (n_block, window))
-    blocks = blocks.transpose(1, 2).flatten(0, 1)                               # (B * n_block, H, W, D)
-    out = F.scaled_dot_product_attention(blocks, key_blocks(k), key_blocks(v), bias, enable_gqa=True)
-    out = out.unflatten(0, (B, n_block)).transpose(1, 2).flatten(2, 3)[:, :, :n - n_first]
-    if not n_first:
-        return out
-    # No slice of the bias above: with one of width 5 or 20, SDPA ended in "misaligned address" on a GPU.
-    bias = band_bias(n_first, n_first_key, window, slopes).to(q.dtype)
-    q, k, v = q[:, :, :n_first], k[:, :, :n_first_key], v[:, :, :n_first_key]
-    return torch.cat([F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True), out], dim=2)
+    return "flex attention" if config.window >= WIDE and config.n_embd // config.n_head >= 16 else ""
 
 
 # ---------------------------------------------------------------- flex_attention

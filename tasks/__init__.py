@@ -5,13 +5,23 @@ A task is a class that train.py and eval.py ask, by these names:
     Task(settings, corpus)                  settings: those of a run, {flag: value}
     lengths(), check(length)                the context lengths of training; ValueError where one does not fit
     batch(step, length, size)               the arrays of a training step, (size, length) each
-    loss(model, *batch)                     the loss, and a number for each name in METRICS
-    score(model, step, length, size)        how it does on unseen text: a number for each name in SCORES
+    loss(model, *batch)                     the loss, and {name: number} of METRICS
+    score(model, step, length, size)        how it does on unseen text: {name: number} of SCORES
     next_length(length, step, score)        the context length of the next step
-    measure(model, read, lengths, n, seed)  the table after training, a row at a time; read: eval.py's Reader
+    measure(model, read, lengths, n, seed)  the table after training, a row at a time; read: tools/reader.py's
     measured_on()                           the text that it is measured on, for the report
     REPORT, TITLE                           the file that the table goes to, and what stands above it
 
-To add a task, write one file here, and name its class in eval.py's TASKS. (haystack.py belongs to needles.py:
-what a context with needles holds.)
+To add a task, write one file here, and name its class in TASKS. (haystack.py and chains.py belong to
+needles.py: what a context with needles holds.)
 """
+from importlib import import_module
+
+TASKS = {"needles": "Needles", "text": "Text", "summaries": "Summaries"}        # file and class
+PAPER_NAMES = {"niah": "needles", "lm": "text"}
+
+
+def task_class(name):
+    """The class of a task, by its name or the paper's."""
+    name = PAPER_NAMES.get(name, name)
+    return getattr(import_module(f"tasks.{name}"), TASKS[name])

@@ -132,7 +132,7 @@ class Summaries:
         return np.stack([tokens for tokens, _ in rows]), np.stack([labels for _, labels in rows])
 
     def loss(self, model, tokens, labels):
-        return model.loss(tokens, labels), ()
+        return model.cross_entropy(model.hidden(tokens), model.embedding.weight, labels), {}
 
     @torch.no_grad()
     def true_loss(self, model, pairs, numbers, n_context=None):
@@ -143,7 +143,7 @@ class Summaries:
         for placed in pack(pairs, numbers, length, self.n_text)[:n_context]:
             tokens, labels = (torch.from_numpy(x).to(device) for x in self.arrays(pairs, [placed], length))
             number = int((labels != NO_LABEL).sum())
-            total, n = total + model.loss(tokens, labels).item() * number, n + number
+            total, n = total + self.loss(model, tokens, labels)[0].item() * number, n + number
         return total / n
 
     def score(self, model, step, length, size):

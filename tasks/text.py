@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gca import require
+from gca import Mistake, require
 
 # Every random draw is a function of one of these, a seed, and a step or length. So a run can resume exactly,
 # and evaluation never meets what training has seen.
@@ -50,7 +50,7 @@ def load_tokenizer(name):
         import tiktoken
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:                      # of the network, in many shapes
-        raise ValueError("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
+        raise Mistake("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
                          "holds tiktoken's files for it, or prepare --data with --tokenizer bytes") from error
     return Tokenizer(gpt2.encode_ordinary, gpt2.decode_bytes, gpt2.n_vocab, gpt2.eot_token)
 
@@ -91,7 +91,7 @@ def load_corpus(name):
         names = meta.get("names") or {}
         require(all(type(name) is str for split in sizes for name in names.get(split, [])), "names")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder}/meta.json is damaged, or tools.prepare did not make it: "
+        raise Mistake(f"{folder}/meta.json is damaged, or tools.prepare did not make it: "
                          "prepare the corpus again") from error
     for split, n_token in sizes.items():
         path = folder / f"{split}.bin"
@@ -187,7 +187,7 @@ class Text:
         require(largest < n, f"{self.corpus.name} must hold tokens below its vocabulary's {n}, got {largest}")
 
     def loss(self, model, tokens, labels):
-        return model.loss(tokens, labels), ()
+        return model.cross_entropy(model.hidden(tokens), model.embedding.weight, labels), {}
 
     @torch.no_grad()
     def score(self, model, step, length, size):
@@ -198,7 +198,7 @@ class Text:
         size = self.settings["micro_batch"] or max(1, size)
         device = model.embedding.weight.device
         tokens, labels = (torch.from_numpy(x).to(device).split(size) for x in batch)
-        losses = [model.loss(*pair) for pair in zip(tokens, labels, strict=True)]
+        losses = [self.loss(model, *pair)[0] for pair in zip(tokens, labels, strict=True)]
         return dict(val_loss=torch.stack(losses).mean().item())
 
     def next_length(self, length, step, score):
@@ -226,7 +226,7 @@ class Text:
     def measure(self, model, read, lengths=None, n_place=None, seed=0, split=None):
         """Perplexity by context length, a row each: the same tokens after more or less context.
 
-        read: as eval.py's Reader; split "val" or "test", default: test where there is one.
+        read: tools/reader.py's; split "val" or "test", default: test where there is one.
         """
         n_place = n_place or (64 if model.embedding.weight.is_cuda else 8)
         text, where, n_scored, lengths = self.places_to_score(lengths, n_place, seed, split)

@@ -39,12 +39,12 @@ def signature(kernel, dtype, options, small_lists):
 
 
 def needs(capability, dtype, D, n_key):
-    """{kernel: KiB of shared memory} on such a GPU; {} where kernel_fits refuses such tensors."""
+    """{kernel: KiB of shared memory} on such a GPU; {} where tile_rows refuses such tensors."""
     major, memory = capability // 10, LIMITS[capability] * 1024
     gca.gpu = lambda device: (major, memory)
     q = torch.empty(1, 1, 64, 1, D, dtype=dtype, device="meta")
     k = torch.empty(1, 1, n_key, 1, D, dtype=dtype, device="meta")
-    if not gca.kernel_fits(q, k):
+    if not gca.tile_rows(q, k):
         return {}
     options, found = gca.launch_options(q, k, True), {}
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import eval as evaluation
-from fast.speed import FullAttention
+from fast.speed import FullText
 from helpers import DEVICE, command, refused
-from model import DRTConfig
+from model import DRT, DRTConfig
 from tools import reader
 
 ON = "--device", DEVICE.type
@@ -26,7 +26,7 @@ def test_niah(run, tmp_path, capsys):
         measure("niah", "--ckpt", run / "ckpt.pt", "--lengths", "128,1000", "--questions", 8, "--json", out,
                 "--fast", use_fast, *ON)
         printed = capsys.readouterr().out
-        assert "1,000" in printed and printed.startswith("fast: ")
+        assert "1,000" in printed and printed.startswith("fast/" if use_fast == "true" else "The plain files")
         reports.append(json.loads(out.read_text()))
     rows = reports[0]["rows"]
     assert [row["length"] for row in rows] == [128, 1000] and rows[0]["questions"] == 8
@@ -50,12 +50,12 @@ def measure(*arguments):
 
 
 def test_rows_measured_before_a_failure_are_shown(run, capsys, monkeypatch):
-    def read(self, model, tokens, at, original=evaluation.Reader.__call__):
+    def read(self, model, tokens, at, original=reader.Reader.__call__):
         if tokens.shape[1] == 128:
             raise MemoryError("no room")
         return original(self, model, tokens, at)
 
-    monkeypatch.setattr(evaluation.Reader, "__call__", read)
+    monkeypatch.setattr(reader.Reader, "__call__", read)
     line = f"niah --ckpt {run}/ckpt.pt --lengths 64,128 --questions 4 --device {DEVICE.type}".split()
     with pytest.raises(SystemExit) as stop:
         evaluation.main(line)
@@ -67,20 +67,6 @@ def test_plain_reading_is_spared_lengths_that_nobody_asked_for(run, capsys, monk
     monkeypatch.setattr(reader, "PLAIN_CHUNKS", 20)
     measure("niah", "--ckpt", run / "ckpt.pt", "--questions", 4, "--fast", "false", *ON)
     assert [row.split()[1] for row in capsys.readouterr().out.splitlines()[2:]] == ["64", "256"]
-
-
-def test_niah_by_depth(run, tmp_path, capsys):
-    report = tmp_path / "depths.json"
-    line = f"niah --ckpt {run}/ckpt.pt --lengths 64,100 --depths 3 --questions 5 --device {DEVICE.type}"
-    evaluation.main([*line.split(), "--json", str(report)])
-    rows = json.loads(report.read_text())["rows"]
-    cells = [(length, depth) for length in (64, 100) for depth in (16.7, 50, 83.3)]
-    assert [(row["length"], row["depth"]) for row in rows] == cells
-    assert all(row["needles"] == 1 and row["questions"] == 5 for row in rows)
-    assert " 83.3%  " in capsys.readouterr().out
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    evaluation.main(["plot", str(report), "--out", str(tmp_path / "map.png")])
-    assert (tmp_path / "map.png").stat().st_size > 1000
 
 
 def test_ppl(run, text_run, tmp_path, capsys):
@@ -115,12 +101,13 @@ def test_speed(tmp_path, capsys):
 
 
 def test_full_attention_reads_and_decodes_alike():
-    model = FullAttention(DRTConfig(n_group=0, n_layer=3)).to(DEVICE)
-    tokens, cache = torch.randint(256, (1, 40), device=DEVICE), model.cache(1, 40)
+    model = DRT(DRTConfig(n_group=0, n_layer=3)).to(DEVICE)
+    tokens, text = torch.randint(256, (1, 40), device=DEVICE), FullText(model, 40)
     with torch.no_grad():
-        whole = model.read(tokens, model.cache(1, 40), 0)
-        model.read(tokens[:, :39], cache, 0)
-        torch.testing.assert_close(model.read(tokens[:, 39:], cache, 39), whole, atol=1e-4, rtol=0)
+        whole = model.hidden(tokens, FullText(model, 40))
+        model.hidden(tokens[:, :39], text)
+        text.length = 39
+        torch.testing.assert_close(model.hidden(tokens[:, 39:], text), whole[:, 39:], atol=1e-4, rtol=0)
 
 
 def test_sample(run, tmp_path, capsys):

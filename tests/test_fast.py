@@ -7,13 +7,7 @@ import fast.loss
 import fast.window
 import model as plain
 import train
-from fast.window import (
-    band_blocks,
-    blockwise_attention,
-    dense_attention,
-    one_query_attention,
-    window_attention,
-)
+from fast.window import band_blocks, one_query_attention, window_attention
 from helpers import DEVICE, log_of, tiny
 from model import DRT, DRTConfig, alibi_slopes, band_bias
 from test_model import attention_by_hand
@@ -30,7 +24,7 @@ def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window,
     slopes = alibi_slopes(heads[0])
     expected = attention_by_hand(q, k, v, window, slopes)
     arguments = [x.to(DEVICE) for x in (q, k, v)] + [window, slopes.to(DEVICE)]
-    for function in (dense_attention, window_attention) + ((blockwise_attention,) if n > window else ()):
+    for function in (plain.window_attention, window_attention):
         torch.testing.assert_close(function(*arguments).cpu(), expected, atol=2e-5, rtol=1e-4)
     if past <= window:                                      # the last query alone, as in generation
         k, v = (x[:, :, -window - 1:] for x in arguments[1:3])
@@ -79,11 +73,11 @@ def test_the_loss_in_blocks(monkeypatch):
     results = []
     for cross_entropy in (plain.cross_entropy, fast.loss.cross_entropy):
         model.cross_entropy = cross_entropy
-        loss = model.loss(tokens, targets)
+        loss = model(tokens, targets)[1]
         results.append((loss, *torch.autograd.grad(2 * loss, list(model.parameters()))))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(model.loss(tokens, targets), results[0][0].detach())
+        torch.testing.assert_close(model(tokens, targets)[1], results[0][0].detach())
 
 
 def test_the_loss_in_blocks_is_right_or_refuses():
@@ -111,15 +105,17 @@ def test_apply_swaps_what_its_table_says():
     assert fast.describe(model) == ""
     assert fast.apply(model) is model
     if DEVICE.type == "cuda":
-        assert "kernels, window in blocks" in fast.describe(model)
+        assert "kernels" in fast.describe(model)
     else:
         assert fast.describe(model) == ""
     fast.swap(model)
-    assert model.layers[1].cross.gca is fast.gca.gca and model.cross_entropy is plain.cross_entropy
+    assert model.gca is fast.gca.gca and model.cross_entropy is plain.cross_entropy
     large = tiny(vocab_size=5000)
     fast.swap(large)
     assert large.cross_entropy is fast.loss.cross_entropy and "loss in blocks" in fast.describe(large)
-    assert model.encoder.layers[0].attention.window_attention is fast.window.window_attention
+    wide = tiny(window=128)
+    fast.swap(wide)
+    assert wide.window_attention is fast.window.window_attention and "flex" in fast.describe(wide)
     assert fast.describe(tiny(n_group=0)) == ""
 
 
@@ -127,7 +123,8 @@ def test_apply_swaps_what_its_table_says():
 def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype, cuda_graphs):
     """Shapes that come again after others, weights that change, noise; and autocast's cache is not kept."""
     model = tiny(gumbel=True).to(DEVICE).train()
-    plain_step = Objective(model, lambda model, *batch: (model.loss(*batch), [batch[0].float().mean()]))
+    plain_step = Objective(model, lambda model, tokens, targets: (
+        model(tokens, targets)[1], dict(mean=tokens.float().mean())))
     graphed_step = fast.training.GraphedObjective(plain_step)
     for shape in ((2, 130), (1, 200), (2, 130), (1, 20), (1, 200)):
         batch, results = torch.randint(model.config.vocab_size, (2, *shape), device=DEVICE), []
@@ -136,10 +133,10 @@ def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype, 
             model.zero_grad()
             caches = step is graphed_step
             with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32, cache_enabled=caches):
-                loss, (number,) = step(*batch)
+                loss, numbers = step(*batch)
             loss.backward()
-            results.append([loss, number] + [p.grad for p in model.parameters() if p.grad is not None])
-            results[-1] = [x.detach().clone() for x in results[-1]]
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            results.append([x.detach().clone() for x in (loss, numbers["mean"], *gradients)])
             del loss                                    # no recording beside a backward pass that may come
         for x, y in zip(*results, strict=True):
             assert (x - y).norm() <= 1e-5 * y.norm() + 1e-7

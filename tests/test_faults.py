@@ -14,8 +14,8 @@ import eval as evaluation
 import fast
 import train
 from helpers import DEVICE, ROOT, TEXT_FLAGS, command, log_of, random_tokens, refused, tiny
-from tools import cli, prepare
-from tools.run import load_checkpoint, save_checkpoint
+from tools import cli
+from tools.checkpoint import load_checkpoint, save_checkpoint
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def test_training_again_moves_the_run_aside(tmp_path, capsys, monkeypatch):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
-    process = started("train.py", *TEXT_FLAGS, "--steps", 9999, "--out", tmp_path, until="fast:")
+    process = started("train.py", *TEXT_FLAGS, "--steps", 9999, "--out", tmp_path, until="fast/")
     try:
         for flags in ((), ("--resume",)):
             error = refused(capsys, train.main, *TEXT_FLAGS, "--steps", 9999, *flags, "--out", tmp_path)
@@ -138,7 +138,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_end_a_measurement_in_one_line(name, status, needle_run):
     process = started("eval.py", "niah", "--ckpt", needle_run[0] / "ckpt.pt", "--lengths", 2 ** 27,
-                      "--device", "cpu", until="fast:")
+                      "--device", "cpu", until="fast/")
     process.send_signal(signal.Signals[name])
     said = process.communicate(timeout=60)[0]
     assert process.returncode == status and "Traceback" not in said
@@ -163,18 +163,6 @@ main()
     assert command("-c", source, status=143).stdout == ""
 
 
-def test_a_worker_that_is_killed_ends_the_preparation(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "tokenize", kill_yourself)
-    for i in range(9):
-        (tmp_path / f"{i}.txt").write_text("some text")
-    error = refused(capsys, prepare.main, "text", tmp_path, "--out", tmp_path / "out", "--tokenizer", "bytes")
-    assert "a worker process was killed" in error and not list(tmp_path.glob("out/*"))
-
-
-def kill_yourself(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.parametrize("often", [False, True])
 def test_a_signal_ends_the_preparation_in_one_line(often, tmp_path):
     """Ctrl-C once, and hit again and again: then it ends at once, and no worker is left behind."""
@@ -184,7 +172,7 @@ from tools import prepare
 
 def interrupt(document, **_):
     if {often} or document.name == "7.txt":
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
 prepare.tokenize = interrupt
 prepare.main(sys.argv[1:])
@@ -243,7 +231,7 @@ def test_another_folder_another_locale_and_a_reader_who_has_seen_enough(needle_r
             f"--questions 4 --device cpu --json report.json | head -1; exit ${{PIPESTATUS[0]}}")
     env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONDONTWRITEBYTECODE="1")
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.startswith("fast:") and "Traceback" not in done.stderr
+    assert done.stdout.startswith("fast/") and "Traceback" not in done.stderr
     assert done.returncode in (0, 141)
     assert done.returncode == 141 or json.loads((tmp_path / "report.json").read_text())["rows"]
 

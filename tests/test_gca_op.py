@@ -133,15 +133,16 @@ def test_a_gpu_without_room_for_the_tiles_takes_fewer_rows_or_the_reference(monk
     q, k, v, weights, indices = inputs(Sq=64, Sk=64, D=64)
     for dtype, device, rows in ((torch.float32, (7, 64), 32), (torch.float32, (8, 163), 32),
                                 (torch.float32, (8, 99), 16), (torch.float16, (7, 64), 32),
-                                (torch.float16, (8, 99), 64), (torch.float32, (8, 48), None)):
+                                (torch.float16, (8, 99), 64), (torch.float32, (8, 48), 0)):
         monkeypatch.setattr(gca_module, "gpu", lambda _, device=device: (device[0], device[1] * 1024))
-        assert gca_module.tile_fits(16, 128, 256, 2, 9, 227 * 1024)                         # H100
-        assert not gca_module.tile_fits(16, 128, 256, 2, 12, 99 * 1024)                     # RTX 50
         tensors = [x.to(dtype) for x in (q, k, v)]
-        assert gca_module.kernel_fits(*tensors[:2]) == (rows is not None)
+        assert gca_module.tile_rows(*tensors[:2]) == rows
         if rows:
-            assert gca_module.launch_options(*tensors[:2], True)["ROWS"] == rows
             assert_matches(kernel, (*tensors, weights, indices))
+    large = torch.empty(1, 1, 128, 1, 256, dtype=torch.float16, device="meta")
+    for device, rows in (((9, 227), 16), ((12, 99), 0)):                                    # H100, RTX 50
+        monkeypatch.setattr(gca_module, "gpu", lambda _, device=device: (device[0], device[1] * 1024))
+        assert gca_module.tile_rows(large, large) == rows
 
 
 def test_nothing_gives_nothing():

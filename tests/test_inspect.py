@@ -11,8 +11,8 @@ import eval as evaluation
 from helpers import DEVICE, TEXT, random_tokens, refused, tiny
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import load_corpus
-from tools.best import losses_alone, show_best
-from tools.inspect import Trace, check_size, first_of_all, needle_traces, visible
+from tools.cli import visible
+from tools.trace import Trace, check_size, first_of_all, needle_traces
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = ("</script><script>document.title='run'</script><img src=x onerror=document.title='run'>&lt; "
@@ -34,8 +34,7 @@ def test_a_trace_is_what_the_model_did():
     torch.testing.assert_close(scores.softmax(0), weights, atol=1e-4, rtol=0)           # K are all there are
     logits, _ = model(tokens[None])
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[1:], reduction="none")
-    model.retrieve = lambda group, x, landmarks: tuple(
-        y * 0 - int(y.dtype == torch.int64) for y in type(model).retrieve(model, group, x, landmarks))
+    model.gca = lambda q, *_: q * 0
     without = torch.nn.functional.cross_entropy(model(tokens[None])[0][0, :-1], tokens[1:], reduction="none")
     torch.testing.assert_close(seen.gain[1:], (without - loss).detach().cpu(), atol=1e-5, rtol=0)
     assert seen.gain[:2 * TEXT + 1].abs().max() == 0                    # two chunks have nothing to retrieve
@@ -65,37 +64,6 @@ def test_inspect(needle_run, tmp_path, capsys):
     assert "questions retrieved their needle's chunk" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("n_group", [1, 2])
-def test_what_one_chunk_alone_would_give(n_group, capsys):
-    """As by DRT.forward, with a retrieval for this chunk that is replaced by one chunk alone."""
-    model, tokens = tiny(n_layer=4, n_group=n_group), random_tokens(203)
-    alone, as_it_is = losses_alone(model, tokens, 10, torch.tensor([0, 7], device=DEVICE))
-    expected = []
-    for candidate in (0, 7, None):
-        def retrieve(group, x, landmarks, candidate=candidate):
-            weights, indices = type(model).retrieve(model, group, x, landmarks)
-            if candidate is not None:
-                weights[:, 10], indices[:, 10] = torch.eye(4, device=DEVICE)[0], -1
-                indices[:, 10, 0] = candidate
-            return weights, indices
-        model.retrieve = retrieve
-        with torch.no_grad():
-            logits = model(tokens[None])[0][0, 150:165]
-        expected.append(torch.nn.functional.cross_entropy(logits, tokens[151:166]))
-    del model.retrieve
-    torch.testing.assert_close(torch.stack([*alone, as_it_is]), torch.stack(expected), atol=1e-4, rtol=0)
-    trace, rows = Trace(model, tokens, bytes), []
-    for chunk in (6, 9, 12):                            # of 0 .. 12 with all their next tokens
-        alone, as_it_is = losses_alone(model, tokens, chunk, torch.arange(chunk - 1, device=DEVICE))
-        chosen = {index for group in range(n_group) for index, *_ in trace.best(group, chunk)}
-        hit, chance = int(alone.argmin()) in chosen, len(chosen - {chunk - 1}) / (chunk - 1)
-        rows.append([as_it_is, alone.mean(), alone.min(), 100 * hit, 100 * chance])
-    show_best(trace, model, 1, 3)
-    said = [float(x) for x in re.findall(r"\d+\.\d+|\d+(?=%)|\d+(?= chunks)", capsys.readouterr().out)]
-    assert said[0] == 3 and said[1:] == pytest.approx(torch.tensor(rows).mean(0).tolist(), abs=0.51)
-    assert said[1:4] == pytest.approx(torch.tensor(rows).mean(0)[:3].tolist(), abs=1e-3) and len(said) == 6
-
-
 def data_of(page):
     return json.loads(re.search(r'application/json">(.*?)</script>', page.read_text(), re.S)[1])
 
@@ -118,8 +86,7 @@ def test_landmarks_in_numbers(capsys):
     ("--prompt x --file y", "not allowed with"), ("--file EMPTY", "--file must hold some text"),
     ("--prompt x --html none/x.html", "--html: no folder none"), ("--needles 0", "1 to 122,880 tokens"),
     ("--prompt x --html /dev/null", "a folder or a device"), ("--needles 999999", "1 to 122,880 tokens"),
-    ("--file EMPTY --html EMPTY", "would be overwritten"), ("--prompt x --best 0", "--best must be in 1"),
-    ("--prompt x --best 1", "--best: the text must have 61 tokens or more"),
+    ("--file EMPTY --html EMPTY", "would be overwritten"),
     ("--needles 20", "for a needle and its question"), ("--needles -5", "1 to 122,880 tokens")])
 def test_inspection_mistakes(flags, message, needle_run, tmp_path, capsys):
     (tmp_path / "empty").touch()

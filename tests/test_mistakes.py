@@ -14,7 +14,7 @@ import train
 from fast.generate import sample
 from helpers import DEVICE, TEXT_FLAGS, TINY_FLAGS, random_tokens, refused, tiny
 from tools import cli, prepare
-from tools.run import load_checkpoint, save_checkpoint
+from tools.checkpoint import load_checkpoint, save_checkpoint
 
 
 def one_line(capsys, main, *arguments):
@@ -51,7 +51,7 @@ def test_training_settings(flags, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [
     *(f"niah --lengths {value}" for value in ("20", "many", "0", "-5", "1,,2")), "niah --questions 0",
     "niah --questions x", "niah --seed -1", "niah --seed 99999999999999999999", "niah --size 3",
-    "niah --needle five", "niah --n_needle 0", "niah --depths 0", "niah --json nowhere/x.json",
+    "niah --needle five", "niah --n_needle 0", "niah --json nowhere/x.json",
     "niah --json .", "niah --dtype half", "niah --data nowhere",
     "ppl --lengths 99999999", "ppl --places 0", "ppl --split train", "ppl --split test", "ppl --data none",
     "ppl --retriever best", *(f"sample --prompt x --temperature {t}" for t in ("-1", "nan", "inf")),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import model as model_module
 from helpers import DEVICE, TEXT, random_tokens, tiny
-from model import DRTConfig, alibi_slopes, retrieve, window_attention
-from tasks.haystack import Form, needle_batch
+from model import DRTConfig, WholeText, alibi_slopes, retrieval_scores, retrieve, window_attention
+from tasks.haystack import Haystack
 from tasks.text import load_corpus
 
 # ---------------------------------------------------------------- sliding-window attention
@@ -45,9 +45,15 @@ def test_alibi_slopes():
 
 # ---------------------------------------------------------------- retrieval
 
+def scores_of(query, landmarks, **recency):
+    """Of all chunks of a text by all: (B, C, C)."""
+    chunk = torch.arange(query.shape[1])
+    return retrieval_scores(query, landmarks, chunk, chunk, **recency)
+
+
 def test_a_chunk_retrieves_the_best_strictly_earlier_chunks():
     query, landmarks = torch.randn(2, 9, 8), torch.randn(2, 9, 8)
-    weights, indices = retrieve(query, landmarks, 3)
+    weights, indices = retrieve(scores_of(query, landmarks), 3)
     for b in range(2):
         for t in range(9):
             scores = landmarks[b, :t] @ query[b, t] / math.sqrt(8)
@@ -59,8 +65,8 @@ def test_a_chunk_retrieves_the_best_strictly_earlier_chunks():
 
 def test_gumbel_noise_changes_the_choice_but_not_the_weights():
     query, landmarks = torch.randn(1, 40, 8), torch.randn(1, 40, 8)
-    _, quiet = retrieve(query, landmarks, 4)
-    weights, indices = retrieve(query, landmarks, 4, explore=True)
+    _, quiet = retrieve(scores_of(query, landmarks), 4)
+    weights, indices = retrieve(scores_of(query, landmarks), 4, explore=True)
     assert (indices[0, 5:] != quiet[0, 5:]).any()
     assert (indices < torch.arange(40)[:, None]).all()
     scores = (query @ landmarks.mT / math.sqrt(8)).gather(-1, indices.clamp(min=0))
@@ -72,7 +78,7 @@ def test_gumbel_noise_chooses_by_the_softmax_of_the_scores():
     """Gumbel-max: with one slot, a chunk is chosen as often as the softmax says."""
     torch.manual_seed(0)
     query, landmarks = torch.randn(5, 64), torch.randn(5, 64)
-    _, indices = retrieve(query.expand(20000, 5, 64), landmarks.expand(20000, 5, 64), 1, explore=True)
+    _, indices = retrieve(scores_of(query[None], landmarks[None]).expand(20000, 5, 5), 1, explore=True)
     expected = (landmarks[:4] @ query[4] / 8).softmax(0)
     torch.testing.assert_close(indices[:, 4, 0].bincount(minlength=4) / 20000, expected, atol=0.02, rtol=0)
 
@@ -80,7 +86,7 @@ def test_gumbel_noise_chooses_by_the_softmax_of_the_scores():
 def test_recency_lowers_scores_by_the_log_of_the_distance_beyond_the_window():
     query, landmarks = torch.randn(1, 40, 8), torch.randn(1, 40, 8)
     decay = torch.tensor(0.5, requires_grad=True)
-    weights, indices = retrieve(query, landmarks, 3, decay=decay, near=4)
+    weights, indices = retrieve(scores_of(query, landmarks, decay=decay, window_chunks=4), 3)
     scores = query[0, 30] @ landmarks[0, :30].T / math.sqrt(8)
     scores -= 0.5 * torch.tensor([math.log(max(1, (30 - c) / 4)) for c in range(30)])
     best = scores.topk(3)
@@ -89,7 +95,12 @@ def test_recency_lowers_scores_by_the_log_of_the_distance_beyond_the_window():
     (weights * torch.randn_like(weights)).sum().backward()
     assert decay.grad != 0
     model = tiny(recency=True, window=50, n_layer=4, n_group=2)                 # 3 whole chunks of 16
-    assert model.decay_and_near(1)[0] == model.decay[1] and model.decay_and_near(1)[1] == 3
+    query, landmarks = query.to(DEVICE), landmarks.to(DEVICE)
+    t, c = torch.tensor([30], device=DEVICE), torch.tensor([29, 27, 3], device=DEVICE)
+    by_group = model.scores(1, query[:, 30:31], landmarks[:, c], t, c)[0, 0]
+    by_hand = landmarks[0, c] @ query[0, 30] / math.sqrt(8) - model.decay[1] * (
+        torch.tensor([3, 3, 27], device=DEVICE) / 3).log()
+    torch.testing.assert_close(by_group, by_hand)
     far = model(tokens := random_tokens(1, 400))[0]
     torch.nn.init.zeros_(model.decay)
     without = tiny(window=50, n_layer=4, n_group=2)
@@ -100,7 +111,7 @@ def test_other_retrievers_choose_without_scores():
     """The last K chunks, or K random ones, whatever the landmarks say; all weigh the same."""
     query, landmarks = torch.randn(1, 300, 8), torch.randn(1, 300, 8)
     for retriever in ("last", "random"):
-        weights, indices = retrieve(query, landmarks, 3, explore=True, retriever=retriever)
+        weights, indices = retrieve(scores_of(query, landmarks), 3, retriever, explore=True)
         assert indices[0, :2].tolist() == [[-1, -1, -1], [0, -1, -1]]
         assert (weights[0, 3:] == 1 / 3).all() and (indices < torch.arange(300)[:, None]).all()
         age = torch.arange(300)[100:, None] - indices[0, 100:]
@@ -134,8 +145,7 @@ def test_what_a_landmark_retrieves_serves_the_next_chunk(n_group):
         return model_module.gca(q, k, v, weights, indices, softmax_one)
 
     model = tiny(n_layer=4, n_group=n_group)
-    for layer in model.layers[2:]:
-        layer.cross.gca = spy
+    model.gca = spy
     model(random_tokens(2, 8 * TEXT + 4))
     assert len(seen) == 2                                                          # one call an upper layer
     for weights, indices in seen:
@@ -152,8 +162,8 @@ def test_what_a_landmark_retrieves_serves_the_next_chunk(n_group):
 @pytest.mark.parametrize("retriever", ["learned", "random", "last"])
 def test_the_answer_loss_trains_the_retriever(retriever):
     model = tiny(retriever=retriever).train()
-    tokens, labels, at = (torch.from_numpy(x).to(DEVICE) for x in needle_batch(
-        load_corpus("stdlib").train, np.random.default_rng(0), 4, 128, Form(15, 6), 3))
+    tokens, labels, at = (torch.from_numpy(x).to(DEVICE) for x in Haystack(15, 6).batch(
+        load_corpus("stdlib").train, np.random.default_rng(0), 4, 128, 3))
     model(tokens, torch.full_like(labels, -100).scatter(1, at, labels.gather(1, at)))[1].backward()
     gradient = model.query_norms[0].weight.grad
     assert gradient.abs().max() > 0 if retriever == "learned" else gradient is None
@@ -196,17 +206,17 @@ def test_landmarks_have_no_logits_and_no_loss(T):
     if T > 1:
         expected = F.cross_entropy(logits[targets >= 0], targets[targets >= 0])
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(model.loss(tokens, targets), expected)
 
 
 def test_landmarks_are_inserted_and_removed():
     model, x = tiny(chunk_size=4), torch.randn(2, 8, 64, device=DEVICE)           # chunks of 3 + landmark
-    stream = model.insert_landmarks(x)
+    whole = WholeText(model, 8)
+    stream = whole.insert_landmarks(x)
     text = [0, 1, 2, 4, 5, 6, 8, 9]
     assert stream.shape == (2, 10, 64) and torch.equal(stream[:, text], x)
     assert torch.equal(stream[:, [3, 7]], model.landmark.expand(2, 2, -1))
-    assert torch.equal(model.remove_landmarks(stream, 8), x)
-    assert torch.equal(model.complete_chunks(stream), stream[:, :8].unflatten(1, (2, 4)))
+    assert torch.equal(whole.remove_landmarks(stream), x)
+    assert torch.equal(whole.complete_chunks(stream), stream[:, :8].unflatten(1, (2, 4)))
 
 
 def test_generation_is_the_likeliest_continuation_and_never_explores():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import command, refused
-from tasks.haystack import Form, needle_batch
+from tasks.haystack import Haystack
 from tasks.text import load_corpus, load_tokenizer
 from tools import packages, prepare
 
@@ -41,7 +41,7 @@ def test_a_folder_of_text_becomes_a_corpus(tmp_path):
     assert json.loads((out / "meta.json").read_text()) == meta
     prepare.main([*line, "--errors", "replace"])
     assert json.loads((out / "meta.json").read_text())["splits"]["train"]["skipped"] == 1
-    tokens, _, _ = needle_batch(load_corpus(out).train, np.random.default_rng(0), 4, 128, Form(15, 6), 3)
+    tokens, _, _ = Haystack(15, 6).batch(load_corpus(out).train, np.random.default_rng(0), 4, 128, 3)
     assert tokens.shape == (4, 128) and tokens.max() < 256
     (out / "val.bin").write_bytes(b"xx")
     with pytest.raises(ValueError, match="val.bin must hold the"):

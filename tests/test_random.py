@@ -3,6 +3,7 @@
 CASES=25 python -m pytest tests/test_random.py tries 25 times as many, others each time.
 """
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ import fast.stream as stream
 import train
 from fast.memory import Memory
 from gca import require
-from helpers import DEVICE, random_tokens, tiny
-from model import DRTConfig, retrieve
-from tasks.haystack import NAME, Form, needle_batch, random_starts
+from helpers import random_tokens, tiny
+from model import DRTConfig, retrieval_scores, retrieve
+from tasks.haystack import NAME, Haystack, random_starts
 from tasks.needles import NeedleConfig
 from tasks.text import window_batch
 from test_gca import assert_matches, inputs, kernel, needs_triton
+from tools import settings
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import strategies as st  # noqa: E402
@@ -55,8 +57,9 @@ def test_retrieval_in_blocks(seed, B, C, K, split, ties):
         query, landmarks = query.round(), landmarks.round()
     split = min(split, C)
     pages = [x for x in landmarks.split([split, C - split], dim=1) if x.shape[1]]
-    weights, indices = stream.retrieve(query, pages, 0, K)
-    wanted_weights, wanted = retrieve(query, landmarks, K)
+    chunk = torch.arange(C)
+    weights, indices = stream.retrieve(partial(retrieval_scores, query), chunk, pages, K)
+    wanted_weights, wanted = retrieve(retrieval_scores(query, landmarks, chunk, chunk), K)
     if ties:
         assert torch.equal(indices, wanted)
     torch.testing.assert_close(weights, wanted_weights, atol=1e-5, rtol=1e-4)
@@ -106,7 +109,7 @@ def test_needles(seed, length, chunk_size, n_needle, n_value, straddle):
     n_needle = min(n_needle, (length - 1 - n_value) // (2 * (chunk_size - 1)))
     hypothesis.assume(n_needle >= 1)
     text, rng = np.full(1000, ord("."), np.uint8), np.random.default_rng(seed)
-    x, y, at = needle_batch(text, rng, 2, length, Form(chunk_size - 1, n_value), n_needle, straddle=straddle)
+    x, y, at = Haystack(chunk_size - 1, n_value, straddle=straddle).batch(text, rng, 2, length, n_needle)
     assert x.shape == y.shape == (2, length) and (x[:, 1:] == y[:, :-1]).all()
     values = np.take_along_axis(y, at, 1).reshape(2, n_needle, n_value)
     for row, answers in zip(x, values, strict=True):
@@ -138,7 +141,7 @@ def test_windows(n_token, length, batch, seed):
         assert sorted(epoch) == [i * length for i in range(n)]
 
 
-FLAGS = [field.name for field in train.FIELDS]
+FLAGS = [*settings.fields_of_a_run(train.TrainConfig)]
 VALUES = "0 1 2 3 7 16 64 100 0.5 1e9 nan -1 true false x inf 9999999999 learned last needles text".split()
 
 
@@ -147,11 +150,11 @@ def test_command_lines(flags):
     """Whatever is given: settings that a model can be made of, or one line."""
     line = [x for name, value in flags.items() for x in (f"--{name}", value)]
     try:
-        args = train.make_parser().parse_args(["--preset", "cpu", *line])
-        chosen = train.settings(args, DEVICE, None)
-        train.check_ranges(chosen)
-        config = train.pick(DRTConfig, chosen, vocab_size=256)
-        train.pick(NeedleConfig, chosen)
+        args = settings.make_parser(train.TrainConfig, train.PRESETS).parse_args(["--preset", "cpu", *line])
+        chosen = settings.settings(args, train.TrainConfig, train.PRESETS["cpu"])
+        settings.check_ranges(chosen)
+        config = settings.pick(DRTConfig, chosen, vocab_size=256)
+        settings.pick(NeedleConfig, chosen)
     except SystemExit as stop:
         assert stop.code == 2
     except ValueError as error:

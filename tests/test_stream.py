@@ -1,5 +1,6 @@
 """Reading without end, memory and generation (fast/): in pieces, forked, saved and loaded, as DRT.forward."""
 import math
+import types
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from fast.generate import sample
 from fast.memory import ChunkCache, Memory, Page
 from fast.stream import Grid
 from helpers import DEVICE, TEXT, random_tokens, tiny
-from model import retrieve
-from tools.run import save_checkpoint
+from model import retrieval_scores, retrieve
+from tools.checkpoint import save_checkpoint
 
 OFFLOAD = [False, True] if DEVICE.type == "cuda" else [False]
 CLOSE = dict(atol=1e-4, rtol=0)
@@ -54,14 +55,14 @@ def test_reading_and_generating_never_explore():
 @pytest.mark.parametrize("offload", OFFLOAD)
 @pytest.mark.parametrize("config", [dict(), dict(n_layer=4, n_group=2, n_kv_head=1), dict(n_group=0)])
 def test_reading_goes_on_after_fork_save_and_load(config, offload, tmp_path):
-    model, tokens, other = tiny(**config), random_tokens(2, 203), random_tokens(2, 60)
+    model, tokens, other = tiny(**config, encoder_rope=False), random_tokens(2, 203), random_tokens(2, 60)
     expected, memory = model(tokens)[0][:, 100:], Memory(model, 2, offload)
     fast.read(model, tokens[:, :100], memory)
     fork = memory.fork()
     fast.read(model, other, fork)                                  # the fork goes elsewhere, in its own pages
     memory.save(tmp_path / "memory")
     state = torch.load(tmp_path / "memory", weights_only=True)
-    del state["config"]["recency"]                                 # a file from before that setting existed
+    del state["config"]["recency"], state["config"]["encoder_rope"]    # a file from before there were such
     torch.save(state, tmp_path / "memory")
     loaded = Memory.load(tmp_path / "memory", model, offload)
     for copy in (memory, loaded, loaded.fork()):
@@ -92,13 +93,13 @@ def test_a_failed_read_leaves_the_memory_as_it_was(monkeypatch):
         memory, calls = Memory(model, capacity=capacity), []
         fast.read(model, tokens[:, :70], memory)
 
-        def fail(*arguments, original=stream.attend, calls=calls):
+        def fail(*arguments, original=stream.gca_of_pages, calls=calls):
             calls.append(1)
             if len(calls) == 2:
                 raise RuntimeError("out of memory")
             return original(*arguments)
 
-        monkeypatch.setattr(stream, "attend", fail)
+        monkeypatch.setattr(stream, "gca_of_pages", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             fast.read(model, tokens[:, 70:], memory)
         monkeypatch.undo()
@@ -137,15 +138,20 @@ def test_short_texts_as_cuda_graphs_are_read_as_ever(config, cuda_graphs, monkey
 
 def test_retrieval_in_blocks_is_model_pys_retrieval(monkeypatch):
     """Also in several pages, and with the bundles that spare sorting all scores."""
-    query, landmarks = torch.randn(2, 500, 8), torch.randn(2, 500, 8)
-    expected = [x[:, 480:] for x in retrieve(query, landmarks, 4)]
+    query, landmarks, chunk = torch.randn(2, 500, 8), torch.randn(2, 500, 8), torch.arange(500)
+    expected = [x[:, 480:] for x in retrieve(retrieval_scores(query, landmarks, chunk, chunk), 4)]
     monkeypatch.setattr(stream, "MAX_SCORES", 40 * 100)
     monkeypatch.setattr(stream, "BUNDLE", 3)
-    weights, indices = stream.retrieve(query[:, 480:], landmarks.split([170, 0, 310, 20], dim=1), 480, 4)
+    pages = landmarks.split([170, 0, 310, 20], dim=1)
+
+    def score(block, t, c):
+        return retrieval_scores(query[:, t], block, t, c)
+
+    weights, indices = stream.retrieve(score, chunk[480:], pages, 4)
     assert torch.equal(indices, expected[1])
     torch.testing.assert_close(weights, expected[0])
     for retriever in ("last", "random"):
-        _, indices = stream.retrieve(query[:, :3], [landmarks], 0, 2, retriever)
+        _, indices = stream.retrieve(score, chunk[:3], [landmarks], 2, retriever)
         assert indices[0].tolist() in ([[-1, -1], [0, -1], [1, 0]], [[-1, -1], [0, -1], [0, 1]])
 
 
@@ -172,18 +178,21 @@ def test_largest_never_chooses_padding(monkeypatch):
 def test_scores_are_as_exact_as_queries_and_landmarks(dtype):
     query, landmarks = (torch.randn(2, n, 64, device=DEVICE, dtype=dtype) for n in (5, 300))
     expected = query.double() @ landmarks.double().mT
-    scores = stream.inner_products(query, landmarks)
+    scores = retrieval_scores(query, landmarks, None, None) * 8
     torch.testing.assert_close(scores.double(), expected, **CLOSE)
 
 
 def test_grid():
     grid = Grid(4, before=5, n=8)                  # chunks of 3 + landmark; the 6th token is row 2 of chunk 1
     assert (grid.first, grid.offset, grid.whole, grid.chunks, grid.length) == (1, 2, 3, 4, 11)
-    x = torch.arange(1.0, 9).view(1, 8, 1)
-    positions = grid.insert_landmarks(x, torch.tensor([0.0]))
-    assert positions.flatten().tolist() == [1, 0, 2, 3, 4, 0, 5, 6, 7, 0, 8]
-    assert grid.landmarks(positions).shape == (1, 3, 1) and not grid.landmarks(positions).any()
-    assert torch.equal(grid.text(positions), x)
+    x = torch.arange(1.0, 9, device=DEVICE).view(1, 8, 1).expand(-1, -1, 64)
+    model = tiny(chunk_size=4)
+    model.landmark.data.fill_(0)
+    piece = stream.Piece(model, 8, types.SimpleNamespace(length=5))
+    positions = piece.insert_landmarks(x)
+    assert positions[0, :, 0].tolist() == [1, 0, 2, 3, 4, 0, 5, 6, 7, 0, 8]
+    assert grid.landmarks(positions).shape == (1, 3, 64) and not grid.landmarks(positions).any()
+    assert torch.equal(piece.remove_landmarks(positions), x)
     assert torch.equal(grid.to_stream(grid.to_chunks(positions)), positions)
 
 

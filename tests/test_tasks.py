@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval import Reader
 from helpers import DEVICE, command
 from model import DRT, DRTConfig, cross_entropy
 from tasks import text as text_module
-from tasks.haystack import ALPHABETS, Form, needle_batch
+from tasks.chains import Chains
+from tasks.haystack import ALPHABETS, Haystack
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import Text, encode_bytes, load_corpus, window_batch
+from tools.reader import Reader
 
 
 def settings(**change):
@@ -84,8 +85,8 @@ def test_perplexity_scores_the_same_tokens_after_more_or_less_context():
 @pytest.mark.parametrize("length, chunk_size, n_needle", [(128, 16, 3), (131, 20, 3), (1000, 32, 9)])
 def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_size, n_needle):
     text, S = np.full(5000, ord("."), np.uint8), chunk_size - 1
-    tokens, labels, answer_at = needle_batch(
-        text, np.random.default_rng(0), 20, length, Form(S, 6), n_needle, straddle=straddle)
+    tokens, labels, answer_at = Haystack(S, 6, straddle=straddle).batch(
+        text, np.random.default_rng(0), 20, length, n_needle)
     assert tokens.shape == labels.shape == (20, length) and answer_at.shape == (20, n_needle * 6)
     assert (labels[:, :-1] == tokens[:, 1:]).all()
     for row, label, answer in zip(tokens, labels, answer_at, strict=True):
@@ -100,24 +101,14 @@ def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_
             assert straddle or place // S == (place + 12) // S
 
 
-@pytest.mark.parametrize("depth", [0, 0.25, 0.5, 0.99])
-def test_a_needle_at_a_depth(depth):
-    text = np.full(5000, ord("."), np.uint8)
-    tokens, _, _ = needle_batch(text, np.random.default_rng(0), 4, 2000, Form(15, 6), 1, depth=depth)
-    for row in tokens:
-        needle = bytes(row.tolist()).index(b"|")
-        assert needle // 15 == int(depth * (1993 // 15 - 1))
-
-
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 @pytest.mark.parametrize("path", ["joined", "spread", "late"])
 @pytest.mark.parametrize("straddle", [False, True])
 def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, straddle):
     """Needles |a:b| and |b:c|; then |?a ends a chunk, :b opens a later one, :c follows or opens one more."""
     text, S, alphabet = np.full(5000, 7), 15, ALPHABETS[tokenizer]
-    form = Form(S, 6, 2, path)
-    rng = np.random.default_rng(0)
-    tokens, labels, answer_at = needle_batch(text, rng, 9, 400, form, 5, alphabet, straddle)
+    chains = Chains(S, 6, alphabet, straddle, path)
+    tokens, labels, answer_at = chains.batch(text, np.random.default_rng(0), 9, 400, 5)
     assert answer_at.shape == (9, 5 * 12)
     answer_at = answer_at.reshape(9, 5, 2, 6)
     for row, label, answer in zip(tokens.tolist(), labels.tolist(), answer_at, strict=True):
@@ -140,9 +131,8 @@ def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, straddle):
                 assert straddle or place // S == (place + 14) // S
         assert len(starts) == 5
     room = dict(joined=6, spread=6, late=5)[path]
-    assert form.room(400) == room and form.room(59) == (path == "joined")
-    with pytest.raises(ValueError):
-        needle_batch(text, np.random.default_rng(0), 1, 400, form, room + 1, alphabet)
+    assert chains.n_question(400, 99) == room and chains.n_question(59, 99) == (path == "joined")
+    assert chains.batch(text, np.random.default_rng(0), 1, 400, 99)[2].shape == (1, 12 * room)
 
 
 def test_needles_of_gpt2_tokens_and_steps_of_plain_text():
@@ -157,8 +147,9 @@ def test_needles_of_gpt2_tokens_and_steps_of_plain_text():
     model = DRT(DRTConfig(vocab_size=50257)).to(DEVICE)
     for batch in (batches[0], batches[3]):
         loss, metrics = task.loss(model, *(torch.from_numpy(x).to(DEVICE) for x in batch))
-        assert loss.isfinite() and torch.stack(metrics).isfinite().any()
-        assert metrics[0].isnan() == metrics[2].isnan() == (batch[2].shape[1] == 0)
+        assert loss.isfinite() and metrics["lm_loss"].isfinite() and set(metrics) == set(task.METRICS)
+        is_plain = batch[2].shape[1] == 0
+        assert metrics["answer_loss"].isnan() == metrics["answer_accuracy"].isnan() == is_plain
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -190,7 +181,8 @@ def test_scores_of_a_model_that_knows_the_answers():
             return hidden
 
     for knows in (True, False):
-        loss, (answer_loss, lm_loss, accuracy) = task.loss(Oracle(knows), tokens, labels, at)
+        loss, metrics = task.loss(Oracle(knows), tokens, labels, at)
+        answer_loss, lm_loss, accuracy = (metrics[name] for name in task.METRICS)
         assert accuracy == knows and lm_loss < 1e-5 and (answer_loss < 1e-5) == knows
         torch.testing.assert_close(loss, answer_loss + 0.3 * lm_loss)
 

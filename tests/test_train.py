@@ -15,9 +15,11 @@ import eval as evaluation
 import train as train_module
 from helpers import DEVICE, ROOT, TEXT_FLAGS, TINY_FLAGS, command, log_of, refused, tiny
 from model import DRT
+from tasks.needles import Needles
 from tasks.text import Text
 from tools import run as run_module
-from tools.run import load_checkpoint, save_checkpoint
+from tools import settings as settings_module
+from tools.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def train(out, *flags):
 
 def test_training_writes_checkpoint_log_and_table(needle_run):
     out, printed = needle_run
-    assert printed.count("fast: ") == 2 and "65,536" in printed               # 1024 times the training length
+    assert printed.count("fast/") == 2 and "65,536" in printed               # 1024 times the training length
     rows = log_of(out)
     assert [int(row["step"]) for row in rows] == list(range(1, 21))
     for row in rows:
@@ -59,8 +61,8 @@ def test_a_tiny_model_learns_to_retrieve(tmp_path, no_table):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_changes_nothing(bad, tmp_path, no_table, monkeypatch):
-    original, factor = DRT.loss, torch.tensor(bad, device=DEVICE)
-    monkeypatch.setattr(DRT, "loss", lambda self, *batch: original(self, *batch) * factor)
+    original, factor = DRT.hidden, torch.tensor(bad, device=DEVICE)
+    monkeypatch.setattr(DRT, "hidden", lambda self, *text: original(self, *text) * factor)
     flags = [*TEXT_FLAGS, "--checkpoint_every", 5, "--validate_every", 50]
     rows = train(tmp_path, *flags, "--steps", 5)
     assert [row["skipped"] for row in rows] == ["1.0"] * 5
@@ -170,7 +172,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been(name, text_run, tmp_path, n
 
 
 def test_needle_training_resumes_with_its_context_length(tmp_path, no_table, monkeypatch):
-    monkeypatch.setattr(train_module.evaluation.TASKS["needles"], "score", lambda *_: dict(val_accuracy=1.0))
+    monkeypatch.setattr(Needles, "score", lambda *_: dict(val_accuracy=1.0))
     flags = [*TINY_FLAGS, "--n_value", 1, "--steps", 40, "--validate_every", 15, "--checkpoint_every", 20]
     whole = train(tmp_path / "whole", *flags)
     monkeypatch.setattr(train_module, "learning_rate", fail_after(train_module.learning_rate, 30))
@@ -185,7 +187,9 @@ def test_needle_training_resumes_with_its_context_length(tmp_path, no_table, mon
 def test_a_run_from_before_a_setting_existed_resumes(text_run, tmp_path, no_table, capsys):
     saved = torch.load(text_run / "ckpt.pt", weights_only=True)
     assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.001, 0.0]   # as ever
-    del saved["config"]["recency"], saved["settings"]["recency"], saved["settings"]["encoder_lr"]
+    for name in ("recency", "encoder_rope"):
+        del saved["config"][name], saved["settings"][name]
+    del saved["settings"]["encoder_lr"]
     for group in saved["optimizer"]["param_groups"]:
         del group["share"]
     torch.save(saved, tmp_path / "ckpt.pt")
@@ -197,10 +201,13 @@ def test_a_run_from_before_a_setting_existed_resumes(text_run, tmp_path, no_tabl
 
 def test_a_model_from_before_a_setting_existed(needle_run, tmp_path):
     saved = torch.load(needle_run[0] / "ckpt.pt", weights_only=True)
-    del saved["config"]["recency"], saved["settings"]["recency"]
+    for name in ("recency", "encoder_rope"):
+        del saved["config"][name], saved["settings"][name]
     torch.save(saved, tmp_path / "ckpt.pt")
-    args = train_module.make_parser().parse_args(["--preset", "code"])      # with recency
-    assert train_module.settings(args, DEVICE, None, saved)["recency"] is False
+    line, preset = ["--preset", "code"], train_module.PRESETS["code"]       # with recency
+    args = settings_module.make_parser(train_module.TrainConfig, train_module.PRESETS, line).parse_args(line)
+    chosen = settings_module.settings(args, train_module.TrainConfig, preset, saved)
+    assert chosen["recency"] is False and chosen["encoder_rope"] is False
     for line in (["niah", "--lengths", "128", "--questions", "1"], ["inspect", "--needles", "128"]):
         evaluation.main([*line, "--ckpt", str(tmp_path / "ckpt.pt"), "--device", DEVICE.type])
 
@@ -234,9 +241,9 @@ def test_several_processes_need_contexts_of_a_chunk():
     corpus = types.SimpleNamespace(tokenizer="bytes")
     task = types.SimpleNamespace(settings=dict(chunk_size=16), corpus=corpus, lengths=lambda: [14],
                                  check=lambda length: None)
-    train_module.check(train_module.TrainConfig(), task, n_rank=1)
+    settings_module.check_batches(train_module.TrainConfig(), task, n_rank=1)
     with pytest.raises(ValueError, match="--seq_len and --start_len must be at least a chunk, 15, .* got 14"):
-        train_module.check(train_module.TrainConfig(), task, n_rank=2)
+        settings_module.check_batches(train_module.TrainConfig(), task, n_rank=2)
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_offered(text_run, tmp_path, no_table, capsys):
@@ -265,7 +272,8 @@ def test_checkpoints_are_replaced_whole(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what the user gets wrong
 
 def test_a_run_that_goes_astray_ends_with_a_message(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(DRT, "loss", lambda self, *_: self.embedding.weight.sum() * math.nan)
+    original = DRT.hidden
+    monkeypatch.setattr(DRT, "hidden", lambda self, *text: original(self, *text) * math.nan)
     error = refused(capsys, train_module.main, "--out", tmp_path, *TEXT_FLAGS)
     assert "not finite in 10 steps in a row" in error
 
@@ -279,8 +287,8 @@ def test_no_room_for_checkpoints_is_found_before_the_first_step(tmp_path, monkey
 
 @pytest.mark.parametrize("flags, message", [
     ("--n_embd 65 --n_head 4", "n_embd must be a multiple of n_head, got 65 and 4"),
-    ("--top_k 0", "top_k must be at least 1, got 0"),
-    ("--chunk_size 1", "chunk_size must be at least 2, got 1"),
+    ("--top_k 0", "top_k must be in 1 .. 10000000, got 0"),
+    ("--chunk_size 1", "chunk_size must be in 2 .. 10000000, got 1"),
     ("--chunk_size 12", "chunk_size must be at least 14 to hold a needle with a value of 6 bytes, got 12"),
     ("--seq_len 30", "seq_len must be at least 37 for a needle and its question in chunks of 16, got 30"),
     ("--data nowhere", "--data must be 'stdlib' or a folder that `python -m tools.prepare` made"),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from fast.files import Damaged, atomic_file, load_saved
-from gca import require
-from model import DRT, DRTConfig
+from fast.files import Damaged, atomic_file, load_saved, saved_config
+from gca import Mistake, require
+from model import DRT
 from tasks.text import NEWLINES
 
 PARTS = dict(config=dict, model=dict)               # of every checkpoint, and of one that a run has written:
@@ -40,7 +40,7 @@ def load_checkpoint(path, device, parts=PARTS):
     state = load_saved(path, "a checkpoint of train.py", parts)
     weights = {name.replace("_orig_mod.", ""): x for name, x in state["model"].items()}     # of torch.compile
     try:
-        config = DRTConfig(**state["config"])
+        config = saved_config(state["config"])
         claimed = shapes(config)                # compared with the file's, before anything is allocated
         require(claimed == {name: x.shape for name, x in weights.items()}, "other tensors")
     except Exception as error:
@@ -72,7 +72,7 @@ def load_run(out, device):
             step = load_checkpoint(previous, device, RUN_PARTS)[1]["step"]
         except ValueError:
             raise error from None
-        raise ValueError(f"{error}; the checkpoint before it is whole: mv {previous} {path}, then --resume "
+        raise Mistake(f"{error}; the checkpoint before it is whole: mv {previous} {path}, then --resume "
                          f"from step {step}") from None
 
 
@@ -91,7 +91,7 @@ def check_first(state, path, config, tokenizer):
     if state:
         require(state["tokenizer"] == tokenizer,
                 f"--init_from: {path} has tokens of {state['tokenizer']}, got a corpus of {tokenizer}")
-        first = asdict(DRTConfig(**state["config"]))
+        first = asdict(saved_config(state["config"]))
         for name, value in asdict(config).items():
             before, is_free = first[name], name in ("gumbel", "retriever", "top_k")
             require(is_free or value == before, f"--init_from: {path} has --{name} {before}, got {value}")

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import platform
-import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fast.files import atomic_file
-from gca import require, triton
+from gca import Mistake, require, triton
 
 # ---------------------------------------------------------------- how a program ends
 
@@ -62,8 +62,11 @@ def program(main):
             except OSError as error:
                 name = f"{error.filename}: " if error.filename else ""
                 end(2, f"{name}{error.strerror or error}")
-            except ValueError as error:
-                end(2, f"{error}{origin(error)}")
+            except Mistake as error:
+                end(2, str(error))
+            except ValueError as error:                 # of a library, or a bug: with its place
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                end(2, f"{error} ({type(error).__name__} in {frame.filename}, line {frame.lineno})")
             except RuntimeError as error:
                 if behind(error, KeyboardInterrupt):    # it came while a lock changed hands: that fails first
                     end(130, "interrupted", os._exit)
@@ -80,13 +83,6 @@ def behind(error, kind):
     while error and not isinstance(error, kind):
         error = error.__context__
     return error is not None
-
-
-def origin(error):
-    """Where a ValueError came from, in brackets, unless our own code raised it, with words for users."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    on_purpose = frame.name == "require" or (frame.line or "").startswith("raise ")
-    return "" if on_purpose else f" ({type(error).__name__} in {frame.filename}, line {frame.lineno})"
 
 
 def end(status, message, leave=sys.exit):
@@ -144,19 +140,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         end(2, message)
 
-    def add_fields(self, *configs, leave_out=(), choices=None, defaults=None):
-        """A flag for each field of these dataclasses, None where it is not given; its comment is the help.
 
-        defaults: words in place of the field's default.
-        """
-        for config in configs:
-            comments = comments_of(config)
-            for field in fields(config):
-                if field.name not in leave_out:
-                    kind = boolean if type(field.default) is bool else type(field.default)
-                    default = (defaults or {}).get(field.name, field.default)
-                    self.add_argument(f"--{field.name}", type=kind, choices=(choices or {}).get(field.name),
-                                      help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
+def add_fields(parser, config, names=None, choices=None, defaults=None, leave_out=()):
+    """A flag for each field of a dataclass, None where it is not given; the comment beside it is the help.
+
+    names: of the fields, default: all; choices, defaults: by name, where they are not the field's own.
+    """
+    comments = comments_of(config)
+    for field in fields(config):
+        if field.name in leave_out or names and field.name not in names:
+            continue
+        kind = boolean if type(field.default) is bool else type(field.default)
+        default = (defaults or {}).get(field.name, field.default)
+        parser.add_argument(f"--{field.name}", type=kind, choices=(choices or {}).get(field.name),
+                            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
 
 
 def add_command(commands, name, description):
@@ -167,13 +164,70 @@ def add_command(commands, name, description):
 @functools.lru_cache
 def comments_of(config):
     """{field: the comment beside it} of a dataclass."""
-    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config), re.M))
+    comments = {}
+    for line in inspect.getsource(config).splitlines():
+        code, _, comment = line.partition("  # ")
+        comments[code.partition(":")[0].strip()] = comment
+    return comments
 
 
 def boolean(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
     return text.lower() == "true"
+
+
+def lengths(text):
+    """Numbers separated by commas, as a flag's type."""
+    values = [int(x.replace("_", "")) for x in text.split(",")]
+    if not 1 <= min(values) <= max(values) <= 10 ** 10:
+        raise ValueError
+    return values
+
+
+SHARED = dict(
+    ckpt=dict(type=Path, default=Path("out/ckpt.pt"), help="default: out/ckpt.pt"),
+    ckpts=dict(type=Path, nargs="+", default=[Path("out/ckpt.pt")],
+               help="checkpoints, side by side; default: out/ckpt.pt"),
+    data=dict(help="a corpus of the same tokenizer; default: training's"),
+    split=dict(choices=["val", "test"], help="default: test, if there is one"),
+    fast=dict(type=boolean, default=True,
+              help="read in segments, with faster pieces (fast/); false: by the plain files"),
+    offload=dict(action="store_true", help="keep chunks in CPU memory"),
+    dtype=dict(default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+               help="to compute in (auto: bfloat16 or float16 on a GPU, float32 on a CPU)"),
+    json=dict(type=Path, help="write settings, hardware and rows here"),
+    seed=dict(type=int, default=0, help="of all that is random (%(default)s)"),
+    device=dict(default="auto", help="cpu or cuda; default: cuda if there is a GPU"))
+
+
+def add_shared(parser, names):
+    """Flags that several commands have in common."""
+    for name in names.split():
+        parser.add_argument("--ckpt" if name == "ckpts" else f"--{name}", **SHARED[name])
+
+
+def add_text(parser):
+    """Flags for a text, as given_text() reads it; returns their group."""
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text")
+    text.add_argument("--file", type=Path, help="a file that holds it, of any length")
+    return text
+
+
+def check_arguments(args):
+    """ValueError for numbers out of their ranges and files that cannot be written, found before the work."""
+    require(0 <= getattr(args, "seed", 0) < 2 ** 63, "--seed must be in 0 .. 2 ** 63 - 1, got {}",
+            getattr(args, "seed", 0))
+    for name in ("questions", "n_needle", "tokens", "places", "documents"):
+        value = getattr(args, name, None)
+        require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
+    read = [getattr(args, "file", None), *np.atleast_1d(getattr(args, "ckpt", None))]
+    for name in ("json", "html", "out"):
+        path = getattr(args, name, None)
+        check_writable(f"--{name}", path)
+        require(not path or path.resolve() not in [file.resolve() for file in read if file],
+                f"--{name}: {path} would be overwritten")
 
 
 def given_text(args):
@@ -185,10 +239,10 @@ def given_text(args):
             is_odd = any("\ud800" <= c <= "\udfff" for c in args.prompt)
             text = os.fsencode(args.prompt).decode() if is_odd else args.prompt
     except OSError as error:
-        raise ValueError(f"--file: {args.file}: {error.strerror}") from None
+        raise Mistake(f"--file: {args.file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"{args.file or '--prompt'} must be UTF-8 text: {where}") from None
+        raise Mistake(f"{args.file or '--prompt'} must be UTF-8 text: {where}") from None
     require(text, f"{'--file' if args.file else '--prompt'} must hold some text, got none")
     return text
 
@@ -247,6 +301,15 @@ def hardware(device):
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def peak_memory(device):
+    gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else 0.0
+    return dict(peak_gpu_gib=gpu, peak_cpu_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+
+
+def visible(text):                      # one line, and nothing that a terminal would obey
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_table(rows):
     """Rows are dicts with the same keys; the keys are the header."""
     def text(x):
@@ -258,17 +321,6 @@ def print_table(rows):
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-
-
-def print_grid(rows):
-    """Whole answers right by length (across) and depth (down): from a blank for none to a block for all."""
-    lengths, depths = ([*dict.fromkeys(row[name] for row in rows)] for name in ("length", "depth"))
-    right = {(row["length"], row["depth"]): row["exact_match"] for row in rows}
-    print("\nwhole answers right, by depth and tokens of context (· none, █ all)")
-    for depth in depths:
-        shades = ["·░▒▓█"[round(right[length, depth] / 25)] * 8 for length in lengths]
-        print(f"{depth:5.1f}%  " + "  ".join(shades))
-    print("        " + "  ".join(f"{length:<8,}" for length in lengths))
 
 
 def check_writable(flag, path):

@@ -12,7 +12,7 @@ import textwrap
 import zlib
 from collections import Counter
 
-from gca import require
+from gca import Mistake, require
 from tools import packages
 
 FEWEST_WORDS = 3            # in a docstring's first line
@@ -105,7 +105,7 @@ def read_jsonl(path):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                raise ValueError(f"{where}: must be a JSON object with document and summary") from None
+                raise Mistake(f"{where}: must be a JSON object with document and summary") from None
             require(isinstance(row, dict), f"{where}: must be a JSON object with document and summary")
             yield checked(row, where)
 

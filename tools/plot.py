@@ -3,7 +3,7 @@ import json
 import math
 from pathlib import Path
 
-from gca import require
+from gca import Mistake, require
 
 
 def run_names(paths):
@@ -25,12 +25,10 @@ def load_report(path):
         for row in rows:
             require(type(row["length"]) is int and abs(math.log(row["length"])) < 50, "no length")
             require(math.isfinite(row[kind]) and isinstance(row.get("model", ""), str), "nothing to draw")
-            require(("depth" in row) == ("depth" in rows[0]), "depths")
-            require("depth" not in row or math.isfinite(row["exact_match"]), "depths")
     except OSError:
         raise
     except Exception as error:                              # whatever foreign JSON makes of these lines
-        raise ValueError(f"{path} must be a report of eval.py niah, ppl or speed --json") from error
+        raise Mistake(f"{path} must be a report of eval.py niah, ppl or speed --json") from error
     return rows
 
 
@@ -39,19 +37,27 @@ PANELS = dict(token_accuracy="answer tokens right, %", perplexity="perplexity",
               ms_per_new_token="ms per new token")
 
 
-def plot(reports, path):
+def flags(parser):
+    parser.add_argument("reports", type=Path, nargs="+", help="a curve for each, or for each model")
+    parser.add_argument("--out", type=Path, default=Path("niah.png"), help="the picture (%(default)s)")
+
+
+def run(args, device):
+    draw(args.reports, args.out)
+    return None, None
+
+
+def draw(reports, path):
     """One curve for each model of each report; needs matplotlib. All reports must be of one kind."""
     tables = {report: load_report(report) for report in reports}
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ValueError("plot needs matplotlib: pip install matplotlib") from error
+        raise Mistake("plot needs matplotlib: pip install matplotlib") from error
     kinds = {report: next(key for key in PANELS if key in rows[0]) for report, rows in tables.items()}
     kind = next(iter(kinds.values()))
     for report in tables:
         require(kinds[report] == kind, f"{report} must be of the same command as {reports[0]}")
-    if any("depth" in row for rows in tables.values() for row in rows):
-        return plot_depths(tables, path)
     keys = [kind] if kind in ("token_accuracy", "perplexity") else [*PANELS][2:]
     figure, axes = plt.subplots(1, len(keys), figsize=(8, 3.6) if len(keys) == 1 else (11, 3.4),
                                 layout="constrained", squeeze=False)
@@ -70,30 +76,11 @@ def plot(reports, path):
     save(figure, path)
 
 
-def plot_depths(tables, path):
-    """Whole answers right by length and depth of the needle, a map for each model."""
-    import matplotlib.pyplot as plt
-    runs = curves(tables)
-    figure, axes = plt.subplots(1, len(runs), figsize=(1 + 4 * len(runs), 3.8), layout="constrained",
-                                squeeze=False)
-    for axis, (name, rows) in zip(axes[0], runs.items(), strict=True):
-        lengths, depths = ([*dict.fromkeys(row[key] for row in rows)] for key in ("length", "depth"))
-        right = {(row["length"], row["depth"]): row["exact_match"] for row in rows}
-        table = [[right[length, depth] for length in lengths] for depth in depths]
-        image = axis.imshow(table, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        axis.set(title=name.replace("$", r"\$"), xlabel="tokens of context", ylabel="depth of the needle, %",
-                 xticks=range(len(lengths)), yticks=range(len(depths)))
-        axis.set_xticklabels([f"{length:,}" for length in lengths], rotation=30)
-        axis.set_yticklabels([f"{depth:g}" for depth in depths])
-    figure.colorbar(image, ax=axes, label="whole answers right, %")
-    save(figure, path)
-
-
 def save(figure, path):
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:                             # of the name's ending
-        raise ValueError(f"--out: {path}: {error}") from None
+        raise Mistake(f"--out: {path}: {error}") from None
     print(f"{path} is written.")
 
 

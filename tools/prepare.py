@@ -14,15 +14,11 @@ hold what generated summaries are compared with:
 """
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fast.files import atomic_file
-from gca import require
+from gca import Mistake, require
 from tasks.text import load_tokenizer
 from tools import cli, packages, pairs
 
@@ -119,28 +115,19 @@ def split_that_is_there(out, split, source):
     return None
 
 
-def end_with_parent():
-    """In a worker process: the main process ends it, and if that was killed, it ends by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
-def wait_for_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def write_split(path, documents, number, tokenizer, errors):
-    """Tokenize documents, in order and in parallel, into one .bin; atomic. Returns counts and a hash."""
+    """Tokenize documents, in order, into one .bin; atomic. Returns counts and a hash.
+
+    In threads, because tiktoken leaves Python to others while it works.
+    """
     count, documents, work = Counter(), iter(documents), partial(tokenize, tokenizer=tokenizer, errors=errors)
     written = hashlib.sha256()
-    pool = ProcessPoolExecutor(initializer=end_with_parent)
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
         with atomic_file(path) as file, tqdm(
                 desc=path.stem, total=number, unit="document", disable=None) as bar:
             while group := list(islice(documents, 4096)):       # a pool would read all of a stream at once
-                for done in pool.map(work, group, chunksize=max(1, len(group) // 64)):
+                for done in pool.map(work, group):
                     bar.update()
                     if done is None:
                         count["skipped"] += 1
@@ -151,8 +138,6 @@ def write_split(path, documents, number, tokenizer, errors):
                     count.update(tokens=len(tokens), bytes=size, documents=1)
             require(count["documents"], f"{path.stem} must hold UTF-8 text, got none; --errors replace takes "
                     "other text")
-    except BrokenProcessPool as error:
-        raise ValueError(f"{path.stem}: a worker process was killed; run it again") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return dict(tokens=count["tokens"], bytes=count["bytes"], documents=count["documents"],
@@ -224,7 +209,7 @@ def prepare_dataset(name, out, tokenizer):
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"{name} needs the package datasets: pip install datasets") from error
+        raise Mistake(f"{name} needs the package datasets: pip install datasets") from error
     arguments, names, wanted = DATASETS[name]
 
     def rows(split):

@@ -1,5 +1,4 @@
 """How eval.py reads texts and generates: by the clock, as much at once as fits, by fast/ or plainly."""
-import resource
 import time
 
 import torch
@@ -19,7 +18,8 @@ class Reader:
     """
 
     def __init__(self, device, dtype=torch.float32, use_fast=True):
-        self.device, self.dtype, self.use_fast, self.warm = device, dtype, use_fast, set()
+        self.device, self.dtype, self.use_fast = device, dtype, use_fast
+        self.warm, self.checked = set(), set()          # shapes that were compiled for; models
         self.most_chunks = float("inf") if use_fast else PLAIN_CHUNKS   # in a context that nobody asked for
         self.reset()
 
@@ -31,14 +31,14 @@ class Reader:
     def numbers(self):
         """What reading has taken since the last reset, as columns of a table."""
         speed = self.tokens / self.seconds if self.seconds else 0.0
-        return dict(seconds=self.seconds, tokens_per_second=speed, **peak_memory(self.device))
+        return dict(seconds=self.seconds, tokens_per_second=speed, **cli.peak_memory(self.device))
 
     def pieces(self, model):
         """What reads, in words; with fast/, the model's pieces are swapped first."""
         if not self.use_fast:
-            return f"nothing; model.py reads all at once, at most {PLAIN_CHUNKS:,} chunks without --lengths"
-        fast.apply(model)
-        return ", ".join(["reads in segments (fast/stream.py)", fast.describe(model)]).removesuffix(", ")
+            return f"The plain files read, all at once, at most {PLAIN_CHUNKS:,} chunks without --lengths."
+        active = fast.describe(fast.apply(model))
+        return f"fast/ reads in segments{active and f', with {active}'}."
 
     def contexts_at_once(self, model, length):
         return max(1, segment_length(model, 1) // length)
@@ -47,6 +47,9 @@ class Reader:
     def __call__(self, model, tokens, at):
         """Logits at the marked positions: tokens, at (B, n) -> (number, vocab_size)."""
         with cli.autocast(self.device, self.dtype):
+            if self.use_fast and model not in self.checked:
+                fast.check(model, tokens)
+                self.checked.add(model)
             if self.use_fast and self.device.type == "cuda" and tokens.shape not in self.warm:
                 warm_up(model, tokens)                              # compile before the clock runs
                 self.warm.add(tokens.shape)
@@ -82,8 +85,3 @@ class Reader:
         self.seconds += time.perf_counter() - start
         self.tokens += sum(map(len, prompts)) + sum(map(len, made.values()))
         return [made[i] for i in range(len(prompts))]
-
-
-def peak_memory(device):
-    gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else 0.0
-    return dict(peak_gpu_gib=gpu, peak_cpu_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)

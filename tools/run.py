@@ -9,9 +9,9 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -20,12 +20,9 @@ from tqdm import tqdm
 
 from fast import training
 from fast.files import atomic_file
-from gca import require
+from gca import Mistake, require
 from tools import cli
-from tools.checkpoint import load_checkpoint, save_checkpoint
-
-__all__ = ["Ranks", "Run", "flops_per_token", "prepare_folder", "seed_step",
-           "load_checkpoint", "save_checkpoint"]
+from tools.checkpoint import save_checkpoint
 
 try:
     import fcntl
@@ -64,7 +61,7 @@ def lock(out):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"--out: another run is writing to {out}") from None
+        raise Mistake(f"--out: another run is writing to {out}") from None
     return file
 
 
@@ -105,14 +102,13 @@ class Ranks:
         return [x.to(self.device, non_blocking=True) for x in tensors]
 
     def objective(self, model, loss, config):
-        """A module that computes loss(model, *batch), and averages gradients over all processes."""
-        objective = Objective(model, loss)
+        """A function that computes loss(model, *batch), with gradients averaged over all processes."""
         if training.in_words(model, config):
-            return training.GraphedObjective(objective)
+            return training.GraphedObjective(Objective(model, loss))
         if self.size > 1:
             find_unused = model.config.retriever != "learned"
-            objective = DistributedDataParallel(objective, find_unused_parameters=find_unused)
-        return objective
+            return DistributedDataParallel(Objective(model, loss), find_unused_parameters=find_unused)
+        return partial(loss, model)
 
 
 class Objective(nn.Module):
@@ -134,10 +130,9 @@ class Run:
     def __init__(self, out, ranks, n_step, task, flops_per_token):
         self.out, self.ranks, self.n_step, self.flops_per_token = out, ranks, n_step, flops_per_token
         self.first = ranks.rank == 0            # the process that writes
-        self.metrics = ("loss", *task.METRICS, "grad_norm", "skipped")
-        self.columns = ("step", *self.metrics, "lr", "seq_len", "batch_size", "tokens_per_second", "mfu",
-                        "gpu_gib", *task.SCORES)
-        self.rows, self.values, self.bad, self.signal = [], [], 0, None
+        self.columns = ("step", "loss", *task.METRICS, "grad_norm", "skipped", "lr", "seq_len", "batch_size",
+                        "tokens_per_second", "mfu", "gpu_gib", *task.SCORES)
+        self.rows, self.bad, self.signal = [], 0, None
 
     def start(self, step):
         """Open log.csv for the row after `step` and catch signals; use as a context."""
@@ -145,7 +140,7 @@ class Run:
         self.catching.__enter__()
         path = self.out / "log.csv"
         self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
-        self.log = csv.DictWriter(self.file, self.columns, lineterminator="\n")
+        self.table = csv.DictWriter(self.file, self.columns, lineterminator="\n")
         self.in_lines = not sys.stderr.isatty()         # in a log file: a line now and then, instead of a bar
         self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
                         file=open(os.devnull, "w") if self.in_lines else None)
@@ -165,40 +160,43 @@ class Run:
 
     def stopped(self):
         """Whether a signal came, to any of the processes: all of them stop, or none."""
+        if self.ranks.size == 1:
+            return self.signal is not None
         return self.ranks.mean(torch.tensor(float(self.signal is not None))).item() > 0
 
-    def record(self, values, step, **numbers):
-        """A row of log.csv; values: a tensor of self.metrics, which is not waited for yet."""
-        self.values.append(values)
-        self.rows.append(dict(step=step, **numbers))
-        self.bar.update()
+    def log(self, row, metrics, scores):
+        """A row of log.csv: numbers, and metrics as tensors, which are not waited for yet.
 
-    def write(self, step, scores):
-        """Write the rows so far, if it is time or there are scores, which go into the last row."""
-        if scores or step % LOG_EVERY == 0:
+        Rows are written together, now and then; scores (None, or a dict) go with the last one.
+        """
+        self.rows.append(row | metrics)
+        self.bar.update()
+        if scores or row["step"] % LOG_EVERY == 0:
             self.flush(scores or {})
 
     def flush(self, scores):
-        """Wait for the metrics of all rows so far, and write them."""
+        """Wait for the metrics of all rows so far, and write them: means over all processes."""
         if not self.rows:
             return
-        values = torch.stack(self.values).tolist()
+        names = [name for name, x in self.rows[0].items() if torch.is_tensor(x)]
+        values = torch.stack([torch.stack([row[name] for name in names]) for row in self.rows])
+        values = self.ranks.mean(values).tolist()
         n_token = sum(row["seq_len"] * row["batch_size"] for row in self.rows)
         speed = n_token / (time.perf_counter() - self.since)
         cuda = self.ranks.device.type == "cuda"
         gpu_gib = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
         mfu = utilization(self.ranks.device, speed / self.ranks.size * self.flops_per_token)
         for row, numbers in zip(self.rows, values, strict=True):
-            row.update(zip(self.metrics, numbers, strict=True))
+            row.update(zip(names, numbers, strict=True))
             row.update(tokens_per_second=speed, mfu=mfu, gpu_gib=gpu_gib)
             self.bad = self.bad + 1 if row["skipped"] else 0
             require(self.bad < BAD_STEPS, f"loss or gradient were not finite in {BAD_STEPS} steps in a row, "
                     f"up to step {row['step']}; none of them changed the model: try a lower --lr")
         self.rows[-1].update(scores)
         self.show(self.rows[-1], scores)
-        self.log.writerows(self.rows)
+        self.table.writerows(self.rows)
         self.file.flush()
-        self.values, self.rows, self.since = [], [], time.perf_counter()
+        self.rows, self.since = [], time.perf_counter()
 
     def show(self, row, scores):
         news = [f"loss {row['loss']:.3f}"]
@@ -221,6 +219,15 @@ class Run:
         if self.first:
             save_checkpoint(self.out / "ckpt.pt", model, optimizer=optimizer.state_dict(), **state)
 
+    def finish(self, step):
+        """After the loop: the other processes end, and so does this one if a signal stopped the run."""
+        if self.ranks.size > 1:
+            dist.destroy_process_group()
+        if step < self.n_step or self.signal:                   # it may come after the last step
+            name = self.signal.name if self.signal else "a signal to another process"
+            print(f"\nStopped by {name} after step {step}; go on with --resume --out {self.out}", flush=True)
+            sys.exit(128 + (self.signal or signal.SIGTERM))
+
 
 def open_log(path, columns, step):
     """log.csv, ready for the row after `step`; rows that a resumed run will write again are dropped."""
@@ -231,11 +238,6 @@ def open_log(path, columns, step):
     with atomic_file(path) as file:
         file.write("".join(line + "\n" for line in [",".join(columns), *kept]).encode())
     return open(path, "a", newline="")
-
-
-def seed_step(seed, step, rank):
-    """Seed the noise of a step (torch's generator), so that a resumed run draws what it would have drawn."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 # ---------------------------------------------------------------- how fast

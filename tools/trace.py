@@ -1,13 +1,12 @@
 """What a DRT retrieves: for each chunk of a text the chunks it attended to, and which tokens that helped.
 
-    python eval.py inspect ..                   inspect() below: for one chunk, and as a page
+    python eval.py inspect ..                   for one chunk, and as a page
 
     trace = Trace(model, tokens, decode)        one text, read once with retrieval and once without
     trace.show(chunk)                           what one chunk retrieved, on the terminal
     trace.page(path)                            all of it, as one HTML file
 """
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,55 +15,57 @@ import torch.nn.functional as F
 
 from fast.files import atomic_file
 from gca import require
-from model import DRTConfig, retrieval_scores
+from model import DRTConfig, WholeText, retrieve
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import EVALUATION, load_corpus, load_tokenizer
 from tools import cli
-from tools.best import show_best
 from tools.checkpoint import RUN_PARTS, load_checkpoint
 
 MOST = 2 ** 13              # chunks: scores of all pairs of them are held at once
 LEVELS = 4                  # shades, in each direction, of what retrieval did to a token's loss
-NAMES = re.compile(r"[A-Za-z_]\w{3,}")
-RARE = 0.01                 # share of the chunks that hold a rare name, at most
 NATS = 2.0                  # the loss difference that the last shade stands for
 
 
-def inspect(ckpt, device, text, needles, n_question, seed, chunk, html, n_best):
-    """Show what a chunk (None: the last) of a text retrieved, and write the page; returns the run's settings.
+def flags(parser):
+    text = cli.add_text(parser)
+    text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
+    parser.add_argument("--questions", type=int, default=1, help="with --needles: at least (%(default)s)")
+    parser.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
+    parser.add_argument("--html", type=Path, help="write a page of all chunks to this file")
+    cli.add_shared(parser, "ckpt seed device")
 
-    needles: in place of the text, so many tokens with needles and questions, of which it shows the last.
-    n_best: of so many chunks, compare what was retrieved with what would have helped most.
-    """
-    model, saved = load_checkpoint(ckpt, device, RUN_PARTS)
-    if needles is None:
+
+def run(args, device):
+    """Show what a chunk of a text retrieved, and write the page; returns the run's settings."""
+    text = cli.given_text(args) if args.needles is None else None
+    model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
+    if text is not None:
         tokenizer = load_tokenizer(saved["tokenizer"])
         ids = torch.from_numpy(np.array(tokenizer.encode(text), np.int64)).to(device)
-        check_size(model, len(ids), chunk, n_best)
+        check_size(model, len(ids), args.chunk)
         trace, title = Trace(model, ids, tokenizer.decode_bytes), "What it retrieves"
-        chunk = trace.n_chunk - 1 if chunk is None else chunk
+        chunk = trace.n_chunk - 1
     else:
-        check_size(model, needles, chunk, n_best)
+        check_size(model, args.needles, args.chunk)
         settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
-        cli.check_types(settings, [NeedleConfig, DRTConfig], ckpt, ["vocab_size"])
+        cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt, ["vocab_size"])
         corpus = load_corpus(settings["data"])
         require(corpus.tokenizer == saved["tokenizer"],
-                f"--ckpt: {ckpt} has tokens of {saved['tokenizer']}, its corpus has {corpus.tokenizer}")
+                f"--ckpt: {args.ckpt} has tokens of {saved['tokenizer']}, its corpus has {corpus.tokenizer}")
         task = Needles(settings, corpus)
-        traces = [*needle_traces(model, task, needles, n_question, seed)]
+        task.check(args.needles, "--needles")
+        traces = [*needle_traces(model, task, args.needles, args.questions, args.seed)]
         trace, pairs = traces[0]
-        title, chunk = f"{needles:,} tokens with needles", pairs[-1][0] if chunk is None else chunk
+        title, chunk = f"{args.needles:,} tokens with needles", pairs[-1][0]
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
         print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
+    chunk = chunk if args.chunk is None else args.chunk
     trace.show(chunk)
     trace.show_landmarks(chunks_in_window(model))
-    trace.show_names(chunks_in_window(model))
-    if html:
-        trace.page(html, title, chunk)
-        print(f"{html} is written.")
-    if n_best:
-        show_best(trace, model, chunks_in_window(model), n_best)
-    return saved["settings"]
+    if args.html:
+        trace.page(args.html, title, chunk)
+        print(f"{args.html} is written.")
+    return saved["settings"], None
 
 
 def chunks_in_window(model):
@@ -72,7 +73,7 @@ def chunks_in_window(model):
     return -(-model.config.window // model.config.chunk_size)
 
 
-def check_size(model, n_token, chunk, n_best=None):
+def check_size(model, n_token, chunk):
     """ValueError for a text or a chunk that cannot be shown, before it is read."""
     require(model.config.n_group, "--ckpt must be of a DRT: a base LM (--n_group 0) retrieves nothing")
     n_text = model.config.chunk_size - 1
@@ -80,9 +81,6 @@ def check_size(model, n_token, chunk, n_best=None):
     require(1 <= n_token <= most, f"the text must have 1 to {most:,} tokens, got {n_token:,}")
     n_chunk = -(-n_token // n_text)
     require(chunk is None or 0 <= chunk < n_chunk, f"--chunk must be in 0 .. {n_chunk - 1}, got {chunk}")
-    least = (chunks_in_window(model) + 3) * n_text + 1
-    require(not n_best or n_token >= least, f"--best: the text must have {least:,} tokens or more, for "
-            f"chunks that lie beyond the window, got {n_token:,}")
 
 
 class Trace:
@@ -96,20 +94,28 @@ class Trace:
         """tokens (T,) on the model's device, that pass check_size(); decode: token ids -> bytes."""
         self.n_text, self.tokens, self.decode = model.config.chunk_size - 1, tokens.tolist(), decode
         self.n_chunk = -(-len(tokens) // self.n_text)
-        found = []                              # of each group
+        config, found = model.config, []        # of each group: weights, indices, scores
 
-        def watch(group, x, landmarks):
-            found.append(retrieved(model, group, x, landmarks))
-            self.landmarks = landmarks[0].float().cpu()                         # (complete chunks, d)
-            return found[-1][:2]
+        def watch(scores):
+            weights, indices = retrieve(scores, config.top_k, config.retriever)
+            found.append([weights, indices, scores.gather(-1, indices.clamp(min=0))])
+            return weights, indices
 
-        def withhold(*given):
-            weights, indices, _ = retrieved(model, *given)
+        def withhold(scores):
+            weights, indices = retrieve(scores, config.top_k, config.retriever)
             return weights * 0, indices * 0 - 1
 
-        with_retrieval, without = losses(model, tokens, watch), losses(model, tokens, withhold)
-        self.weights, self.indices, self.scores = (torch.cat(x).cpu() for x in zip(*found, strict=True))
+        text = WholeText(model, len(tokens), watch)
+        with_retrieval = losses(model, tokens, text)
+        without = losses(model, tokens, WholeText(model, len(tokens), withhold))
+        self.landmarks = text.landmarks[0].float().cpu()                        # (complete chunks, d)
+        weights, indices, scores = (torch.cat(x).cpu() for x in zip(*found, strict=True))
+        self.weights, self.scores = self.served(weights, 0), self.served(scores, 0)
+        self.indices = self.served(indices, -1)
         self.gain = F.pad(without - with_retrieval, (1, 0)).cpu()
+
+    def served(self, x, empty):                 # what landmark t found, in the row of chunk t + 1
+        return F.pad(x, (0, 0, 1, 0), value=empty)[:, :self.n_chunk]
 
     def text(self, chunk):
         """A chunk's text; what is not UTF-8 as \\x.."""
@@ -125,15 +131,16 @@ class Trace:
     def show(self, chunk):
         """Print a chunk and what it retrieved: weight as a bar and a number, score, distance, text."""
         start = chunk * self.n_text
-        print(f"chunk {chunk} of 0 .. {self.n_chunk - 1}, from token {start:,}: {visible(self.text(chunk))}")
+        text = cli.visible(self.text(chunk))
+        print(f"chunk {chunk} of 0 .. {self.n_chunk - 1}, from token {start:,}: {text}")
         if chunk:
-            print(f"the chunk before it, whose landmark searched: {visible(self.text(chunk - 1))}")
+            print(f"the chunk before it, whose landmark searched: {cli.visible(self.text(chunk - 1))}")
         for group in range(len(self.indices)):
             print(f"retrieved by group {group + 1}:" if len(self.indices) > 1 else "retrieved:")
             for index, weight, score in self.best(group, chunk):
                 distance = (chunk - index) * self.n_text
                 print(f"  {'█' * round(20 * weight):20} {weight:5.3f}  score {score:7.2f}  chunk {index:5}  "
-                      f"{distance:9,} tokens before  {visible(self.text(index))}")
+                      f"{distance:9,} tokens before  {cli.visible(self.text(index))}")
             if not self.best(group, chunk):
                 print("  nothing: there is no chunk before the one that searched")
         gain = self.gain[start:start + self.n_text].sum()
@@ -156,26 +163,6 @@ class Trace:
         print(f"landmarks: mean cosine {cosine:.3f}; {K} chunks weigh as {spread:.1f} equal ones would; "
               f"{100 * far:.0f}% of them lie beyond the window; the most popular tenth of all chunks has "
               f"{100 * popular:.0f}% of the retrievals")
-
-    def show_names(self, near):
-        """Print how many chunks from beyond the window share a rare name with the chunk they served."""
-        found = [NAMES.findall(self.text(c)) for c in range(self.n_chunk)]
-        holders = {}                            # of each name: the chunks that hold it
-        for c, names in enumerate(found):
-            for name in set(names):
-                holders.setdefault(name, set()).add(c)
-        n, hits, by_chance = 0, 0, 0.0
-        for c, names in enumerate(found):
-            end = c - near                      # chunks before this one are beyond the window
-            rare = [holders[name] for name in set(names) if len(holders[name]) <= max(2, self.n_chunk * RARE)]
-            related = {other for chunks in rare for other in chunks if other < end}
-            far = [index for g in range(len(self.indices)) for index, *_ in self.best(g, c) if index < end]
-            n += len(far)
-            hits += sum(index in related for index in far)
-            by_chance += len(far) * len(related) / max(1, end)
-        if n:
-            print(f"{100 * hits / n:.1f}% of {n:,} retrieved chunks beyond the window share a rare name with "
-                  f"the chunk they served; of random ones, {100 * by_chance / n:.1f}% would")
 
     def page(self, path, title, chosen):
         """Write one self-contained HTML page: chunks, what each retrieved, and whom it helped."""
@@ -208,30 +195,12 @@ def goes_on(before, after):             # whether a UTF-8 character that began i
     return before[-1:] >= b"\x80" and b"\x80" <= after[:1] < b"\xc0"
 
 
-def visible(text):                      # one line, and nothing that a terminal would obey
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 @torch.no_grad()
-def losses(model, tokens, retrieve):
-    """The loss of each token but the first (T - 1,), with another method in the place of DRT.retrieve."""
-    model.retrieve = retrieve
-    try:
-        hidden = model.hidden(tokens[None])[0, :-1]
-    finally:
-        del model.retrieve                      # the class's own is back
+def losses(model, tokens, text):
+    """The loss of each token but the first (T - 1,), as this WholeText reads them."""
+    hidden = model.hidden(tokens[None], text)[0, :-1]
     pieces = zip(hidden.split(4096), tokens[1:].split(4096), strict=True)
     return torch.cat([F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pieces])
-
-
-def retrieved(model, group, x, landmarks):
-    """DRT.retrieve's weights and indices (1, C, K), and the scores r_t,c of these chunks."""
-    weights, indices = type(model).retrieve(model, group, x, landmarks)
-    query = model.query_norms[group](model.complete_chunks(x)[:, :, -1])                    # (1, C, d)
-    scores = retrieval_scores(query, landmarks, *model.decay_and_near(group))
-    # Row c is to be what chunk c - 1's landmark gave: one row down. One more column, for the empty slots.
-    scores = F.pad(scores, (0, 1, 1, 0))[:, :indices.shape[1]]
-    return weights, indices, scores.gather(-1, indices.where(indices >= 0, scores.shape[-1] - 1))
 
 
 def needle_traces(model, task, length, n_question, seed):
@@ -239,16 +208,17 @@ def needle_traces(model, task, length, n_question, seed):
 
     The question is the chunk that opens with its colon, for which the chunk before it has retrieved.
     """
-    form, n_text, n = task.form, task.form.n_text, task.fitting(length)
+    haystack = task.haystack
+    n, n_text = haystack.n_question(length, task.n_needle), haystack.n_text
+    n_name, alphabet = haystack.n_name, haystack.alphabet
     decode = load_tokenizer(task.corpus.tokenizer).decode_bytes
     rng = np.random.default_rng([EVALUATION, seed, length])
     for _ in range(-(-n_question // n)):
-        tokens = task.draw(task.corpus.val, rng, length, 1)[0][0]
+        tokens = haystack.batch(task.corpus.val, rng, 1, length, n)[0][0]
         pairs = []
-        for i in reversed(range(n)):
-            question = form.last_border(length) - form.chunks_per_question * i
-            name = tokens[question * n_text - form.n_name:question * n_text]
-            begins = [task.alphabet.bar, *name, task.alphabet.colon]            # |name:
+        for question in haystack.answer_chunks(length, n).tolist():
+            name = tokens[question * n_text - n_name:question * n_text]
+            begins = [alphabet.bar, *name, alphabet.colon]                      # |name:
             found = (np.lib.stride_tricks.sliding_window_view(tokens, len(begins)) == begins).all(1)
             pairs.append((question, int(found.argmax()) // n_text))
         yield Trace(model, torch.from_numpy(tokens).to(model.embedding.weight.device), decode), pairs

@@ -1,0 +1,61 @@
+"""Two hops (Sec. 4): chains of two needles |a:b| and |b:c| in a text. A question ?a asks for the path :b:c.
+
+A question ends a chunk, as in haystack.py. The path opens the next chunk, and its second part may open one
+more (`--path spread`):
+
+    ..  None|?aaaa // :bbbb:cccc .. //                      joined
+    ..  None|?aaaa // :bbbb .assert // :cccc (x, y) ..      spread: the landmark between has read b
+    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        late: nothing that is written says b in between
+"""
+import numpy as np
+
+from tasks.haystack import ALPHABETS, Haystack, random_names, write
+
+PATHS = "joined", "spread", "late"
+
+
+class Chains:
+    """Contexts with chains of two needles, and a question for each chain; methods as Haystack's."""
+
+    n_hop = 2
+
+    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], straddle=False, path="joined"):
+        self.n_text, self.n_value, self.alphabet, self.n_name = n_text, n_value, alphabet, n_value
+        self.needle_length = 2 * n_value + 3                            # |a:b|, where both are names
+        first = n_text if path == "late" else 0     # where the parts begin: tokens after the question's end
+        self.parts = first, n_text if path == "spread" else first + n_value + 1
+        self.chunks_per_question = 3 if path == "late" else 2
+        self.least_length = 3 * n_text + 1 + self.parts[1] + n_value    # of a context with one question
+        self.answer_offsets = np.concatenate([part + np.arange(n_value) for part in self.parts])
+        self.hay = Haystack(n_text, n_value, alphabet, straddle)
+        self.hay.needle_length = self.needle_length
+
+    def answer_chunks(self, length, n):
+        """The chunks (n,) that n questions' answers open."""
+        last = (length - 1 - self.parts[1] - self.n_value) // self.n_text
+        return last - self.chunks_per_question * np.arange(n)[::-1]
+
+    def n_question(self, length, wanted):
+        """How many questions a context has: as many as wanted, if there is a chunk for each needle.
+
+        Of n questions, the first one's chunk is answer_chunks(length, n)[0] - 1; 2 n needles lie before that.
+        """
+        last, each = int(self.answer_chunks(length, 1)[0]), self.chunks_per_question
+        return min(wanted, (last + each - 1) // (each + self.n_hop))
+
+    def batch(self, text, rng, B, length, wanted):
+        n, (bar, ask, colon) = self.n_question(length, wanted), self.alphabet[2:]
+        start = rng.integers(len(text), size=(B, 1))
+        x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
+        names = random_names(rng, B, 3 * n, self.n_value, self.alphabet.values)
+        a, b, c = names[:, :n], names[:, n:2 * n], names[:, 2 * n:]     # (B, n, n_value)
+
+        answer_chunks = self.answer_chunks(length, n)
+        needle_at = self.hay.places(rng, B, 2 * n, answer_chunks[0] - 1)
+        answer_at = answer_chunks * self.n_text + np.zeros((B, 1), int)
+        write(x, needle_at[:, :n], bar, a, colon, b, bar)
+        write(x, needle_at[:, n:], bar, b, colon, c, bar)
+        write(x, answer_at - (2 + self.n_name), bar, ask, a)
+        write(x, answer_at + self.parts[0], colon, b)
+        write(x, answer_at + self.parts[1], colon, c)
+        return x[:, :-1], x[:, 1:], (answer_at[..., None] + self.answer_offsets).reshape(B, -1)
