@@ -35,8 +35,8 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 
     n: questions or places at each length; default: the task's.
     """
-    rows, words = [], {read.pieces(model): None for model in models.values()}
-    print("; ".join(words), flush=True)
+    rows = []
+    print("\n".join(sorted({read.pieces(model) for model in models.values()})), flush=True)
     try:
         for name, model in models.items():
             read.reset()

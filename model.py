@@ -199,6 +199,8 @@ class ChunkEncoder(nn.Module):
         angles = rotary_angles(S, self.head_dim, x.device) if self.rope else None
 
         def attend(q, k, v):                 # each position of a chunk to all of them
+            if not len(q):                   # no chunk is complete: torch's attention fails on some GPUs
+                return q
             if angles is not None:
                 q, k = rotate(q, angles), rotate(k, angles)
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
@@ -220,9 +222,9 @@ def rotary_angles(S, D, device):
 
 
 def rotate(x, angles):                       # x (.., S, D): number i and number i + D / 2 are a pair
-    a, b = x.float().chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 # ---------------------------------------------------------------- retrieval
@@ -233,11 +235,11 @@ def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
     Returns (B, n, m), float32. decay (DRTConfig.recency): a learned number; it times the log of the distance
     is subtracted. Distances count in units of the window, and inside the window not at all.
     """
+    scale = query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 and not query.requires_grad:
-        scores = torch.bmm(query, landmarks.mT, out_dtype=torch.float32)        # the same, sooner
+        scores = torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale        # the same, sooner
     else:
-        scores = query.float() @ landmarks.float().mT
-    scores = scores * query.shape[-1] ** -0.5
+        scores = (query.float() * scale) @ landmarks.float().mT
     if decay is not None:
         distance = (t[:, None] - c).clamp(min=window_chunks) / window_chunks
         scores = scores - decay * distance.log()

@@ -124,7 +124,7 @@ class Piece:
         weights, indices = memory.serving[group]                        # (B, 1, K)
         if grid.whole:
             query = model.query_norms[group](grid.landmarks(x))         # (B, whole, d)
-            t = torch.arange(grid.first, grid.first + grid.whole, device=x.device)
+            t = range(grid.first, grid.first + grid.whole)
             with torch.autocast(x.device.type, enabled=False):          # ranking needs full precision
                 score = partial(model.scores, group, query)
                 new_weights, new_indices = retrieve(
@@ -206,20 +206,21 @@ class Grid:
 # ---------------------------------------------------------------- retrieval, a block of landmarks at a time
 
 def retrieve(score, t, landmarks, top_k, retriever="learned"):
-    """model.py's retrieve() for the chunks t (n,), which follow each other: weights, indices (B, n, K).
+    """model.py's retrieve() for the chunks in the range t: weights, indices (B, n, K).
 
-    landmarks: every chunk's l_c in order, as a list of (B, m, d). score(block, t, c): (B, n, m) of a block of
-    them, of chunks c (m,). The best K so far compete with the best K of each block.
+    landmarks: every chunk's l_c in order, as a list of (B, m, d). score(block, t, c): the scores (B, n, m) of
+    chunks t (n,) and a block of landmarks, of chunks c (m,). The best K so far compete with each block's.
     """
-    B, n, K = len(landmarks[0]), len(t), top_k
+    B, n, K, device = len(landmarks[0]), len(t), top_k, landmarks[0].device
+    positions = torch.arange(t.start, t.stop, device=device)
     size = max(1, MAX_SCORES // max(1, B * n) // BUNDLE) * BUNDLE
-    nothing = torch.empty(B, n, 0, device=t.device)
+    nothing = torch.empty(B, n, 0, device=device)
     best_ranking, best_scores, best_indices = nothing, nothing, nothing.long()
     start = 0
     for page in landmarks:
         for block in page.split(size, dim=1):
-            c = torch.arange(start, start + block.shape[1], device=t.device)
-            scores = score(block, t, c)
+            c = torch.arange(start, start + block.shape[1], device=device)
+            scores = score(block, positions, c)
             if retriever != "learned":
                 scores = torch.zeros_like(scores)
             ranking = scores
@@ -227,7 +228,8 @@ def retrieve(score, t, landmarks, top_k, retriever="learned"):
                 ranking = ranking + c
             if retriever == "random":
                 ranking = torch.rand_like(ranking)
-            ranking = ranking.masked_fill(c >= t[:, None], float("-inf"))       # not earlier
+            if start + block.shape[1] > t.start:                           # not all are earlier chunks
+                ranking = ranking.masked_fill(c >= positions[:, None], float("-inf"))
             chosen = first_largest(ranking, K)
             best_ranking = torch.cat([best_ranking, ranking.gather(-1, chosen)], dim=-1)
             best_scores = torch.cat([best_scores, scores.gather(-1, chosen)], dim=-1)

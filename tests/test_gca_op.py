@@ -1,4 +1,5 @@
 """gca() as a PyTorch operation like any other, and what it says when it is called in a wrong way."""
+import math
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch.utils.checkpoint
 import fast  # noqa: F401 (it adds a backend)
 import gca as gca_module
 from gca import flash_backward, flash_forward, gca, gca_reference
-from test_gca import DEVICE, assert_matches, inputs, kernel, needs_triton
+from test_gca import DEVICE, assert_matches, inputs, kernel, needs_triton, with_gradients
 
 
 class Layer(torch.nn.Module):
@@ -126,6 +127,19 @@ def test_forward_mode_derivatives_are_refused(backend):
         torch.func.jvp(lambda q: gca(q, *others, backend=backend), (q,), (q,))
     wanted = torch.func.jvp(lambda q: gca(q, *others, backend="reference"), (q,), (q,))[1]
     assert wanted.abs().max() > 0
+
+
+@needs_triton
+@pytest.mark.parametrize("where, bad", [("q", math.nan), ("k", math.inf), ("v", math.nan),
+                                        ("weights", math.inf)])
+def test_a_nan_or_inf_stays_with_those_who_share_its_rows(where, bad):
+    q, k, v, weights, _ = inputs(B=1, Cq=3, Ck=4, K=2)
+    indices = torch.tensor([[[0, 1], [1, 2], [-1, 3]]], device=DEVICE)
+    dict(q=q[:, 0], k=k[:, 0], v=v[:, 0], weights=weights[:, 0])[where].view(-1)[0] = bad
+    out, dq, dk, dv, dw = with_gradients(kernel, q, k, v, weights, indices, True, torch.ones_like(q))
+    assert not out[0, 0].isfinite().all() and not dq[0, 0].isfinite().all()
+    assert all(x[0, 1:].isfinite().all() for x in (out, dq, dw))
+    assert all(x[0, 2:].isfinite().all() for x in (dk, dv))
 
 
 @needs_triton

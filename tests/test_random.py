@@ -58,7 +58,7 @@ def test_retrieval_in_blocks(seed, B, C, K, split, ties):
     split = min(split, C)
     pages = [x for x in landmarks.split([split, C - split], dim=1) if x.shape[1]]
     chunk = torch.arange(C)
-    weights, indices = stream.retrieve(partial(retrieval_scores, query), chunk, pages, K)
+    weights, indices = stream.retrieve(partial(retrieval_scores, query), range(C), pages, K)
     wanted_weights, wanted = retrieve(retrieval_scores(query, landmarks, chunk, chunk), K)
     if ties:
         assert torch.equal(indices, wanted)
