@@ -33,10 +33,10 @@ from tools.reader import Reader
 def measure(task, models, read, lengths=None, n=None, seed=0, **options):
     """The task's table of each model {name: DRT}, printed and returned, with time and memory of each row.
 
-    n: questions or places at each length; default: the task's.
+    n: questions or places at each length, or documents; default: the task's.
     """
     rows = []
-    print("\n".join(sorted({read.pieces(model) for model in models.values()})), flush=True)
+    cli.say("\n".join(sorted({read.prepare(model) for model in models.values()})))
     try:
         for name, model in models.items():
             read.reset()
@@ -45,7 +45,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
                 rows.append(dict(model=name) | row | read.numbers())
                 if not sys.stderr.isatty():                                 # no bar: a line in the log
                     first = next(iter(row.values()))
-                    print(f"{name}: {first} measured, {read.seconds:.0f} s", file=sys.stderr)
+                    cli.say(f"{name}: {first} measured, {read.seconds:.0f} s", sys.stderr)
                 read.reset()
     finally:                                            # also if memory or patience did not last to the end
         if rows:
@@ -72,12 +72,12 @@ def run_niah(args, device):
     given = dict(needle=args.needle, n_needle=args.n_needle, data=args.data)
     settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
     settings |= {name: value for name, value in given.items() if value is not None}
-    task = settings.get("task")
-    require(PAPER_NAMES.get(task, task) == "needles",
-            f"--ckpt must be of a run with --task needles, got --task {task}")
+    name = settings.get("task")
+    require(PAPER_NAMES.get(name, name) == "needles",
+            f"--ckpt must be of a run with --task needles, got --task {name}")
     cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)
     corpus = load_corpus(settings["data"])
-    check_tokenizer(corpus, saved, args.ckpt)
+    check_corpus(corpus, saved, args.ckpt, args.data)
     task = Needles(settings, corpus)
     for length in args.lengths or [settings["seq_len"]]:
         task.check(length, "--lengths")
@@ -87,10 +87,12 @@ def run_niah(args, device):
     return settings | task.measured_on(), rows
 
 
-def check_tokenizer(corpus, saved, path):
+def check_corpus(corpus, saved, path, given):
     found, wanted = (corpus.tokenizer, corpus.vocab_size), (saved["tokenizer"], saved["config"]["vocab_size"])
     require(found == wanted, f"--data must have {path}'s tokenizer {wanted[0]} and vocabulary {wanted[1]}, "
             f"got {found[0]} and {found[1]} in {corpus.name}")
+    require(given or saved.get("contents", "") in ("", corpus.contents), f"{corpus.name} holds other text "
+            f"than when {path} was trained: prepare it as it was, or give --data to say that this is meant")
 
 
 # ---------------------------------------------------------------- perplexity
@@ -110,14 +112,14 @@ def run_ppl(args, device):
     for path in args.ckpt:
         model, saved = load_checkpoint(path, device, RUN_PARTS)
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
-        check_tokenizer(corpus, saved, path)
+        check_corpus(corpus, saved, path, args.data)
         model.config.retriever = args.retriever or model.config.retriever
         models[path], settings[path] = model, saved["settings"] | dict(retriever=model.config.retriever)
     require(args.split != "test" or corpus.test is not None,
             "--split must be val: the corpus has no test split")
     names = plot.run_names(args.ckpt)
-    task = Text(saved["settings"], corpus)
-    task.places_to_score(args.lengths, args.places, args.seed, args.split)
+    task = Text(settings[args.ckpt[0]], corpus)
+    task.places_to_score(args.lengths, args.places, args.seed, args.split)      # are there such places?
     read = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     rows = measure(task, {names[path]: models[path] for path in models}, read, args.lengths, args.places,
                    args.seed, split=args.split)
@@ -139,7 +141,7 @@ def run_summarize(args, device):
     for path in args.ckpt:
         model, saved = load_checkpoint(path, device, RUN_PARTS)
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
-        check_tokenizer(corpus, saved, path)
+        check_corpus(corpus, saved, path, args.data)
         models[names[path]] = model
         reports[names[path]] = vars(SummaryConfig()) | saved["settings"]
     read, rows = Reader(device, cli.pick_dtype(args.dtype, device)), []
@@ -176,7 +178,7 @@ def run_sample(args, device):
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     with cli.autocast(device, cli.pick_dtype(args.dtype, device)):
         new_tokens = fast.generate(model, tokens, args.tokens, *sampling, offload=args.offload)
-        fast.check(model, tokens)
+        fast.check(model, tokens)                       # before the first new token is made
         for token in new_tokens:
             print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))

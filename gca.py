@@ -5,6 +5,8 @@ A query chunk attends to the K chunks that were retrieved for it, in two stages 
     o_c = softmax_j(q(x) . K_c[j] * scale) V_c          stage 1: attention inside each retrieved chunk c
     out = sum_c w_c * o_c                               stage 2: the chunks, by their retrieval weights
 
+By default, this softmax has one more score, of 0: exp(s_j) / (1 + sum_j exp(s_j)), "softmax-off-by-one".
+
 Read in this order:
 
     gca_reference       these two lines in PyTorch: slow, and the definition of what is right
@@ -12,10 +14,12 @@ Read in this order:
     backward_*_kernel   Algorithm 2: first dQ and dw, then dK and dV
     gca                 the function that the model calls
 
-`python gca.py` compares kernels and reference. fast/gca.py has faster kernels with the same results.
+`python gca.py` compares kernels and reference. On a GPU, train.py uses fast/gca.py's kernels, which have the
+same results, or with --fast false these.
 
 Shapes: B batch, Cq query chunks of Sq rows, Ck chunks of Sk keys, K retrieved chunks ("slots") a query chunk,
-Hq query heads, Hkv key/value heads (head h reads head h // (Hq / Hkv)), D width of a head.
+Hq query heads, Hkv key/value heads (head h reads head h // (Hq / Hkv)), D width of a head. Kernels count the
+chunks of all sequences in one row (chunk_numbers). Their Q, K, V are tensors, and n_slot is K.
 """
 from __future__ import annotations
 

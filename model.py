@@ -140,7 +140,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU, 8/3 d wide, so that it costs as much as a plain MLP of width 4d."""
+    """SwiGLU, 8/3 d wide (up to the next 64), so that it costs as much as a plain MLP of width 4d."""
 
     def __init__(self, config):
         super().__init__()
@@ -148,7 +148,7 @@ class MLP(nn.Module):
         self.gate_up = nn.Linear(config.n_embd, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, config.n_embd, bias=False)
 
-    def forward(self, x):
+    def forward(self, x):                    # (B, N, d) -> (B, N, d)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
@@ -232,8 +232,8 @@ def rotate(x, angles):                       # x (.., S, D): number i and number
 def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
     """r_t,c = q_t . l_c / sqrt(d): query (B, n, d) of chunks t (n,), landmarks (B, m, d) of chunks c (m,).
 
-    Returns (B, n, m), float32. decay (DRTConfig.recency): a learned number; it times the log of the distance
-    is subtracted. Distances count in units of the window, and inside the window not at all.
+    Returns (B, n, m), float32. decay (DRTConfig.recency): a learned number, or None. Beyond the window,
+    decay * log(distance / window) is subtracted.
     """
     scale = query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 and not query.requires_grad:
@@ -249,8 +249,8 @@ def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
 def retrieve(scores, top_k, retriever="learned", explore=False):
     """For each chunk t, the K strictly earlier chunks c with the highest scores r_t,c, and their weights.
 
-    scores (B, C, C) -> weights, indices (B, C, K); index -1 where a slot is empty. explore: Gumbel noise
-    changes which chunks are chosen, but not their weights. retriever: as in DRTConfig.
+    scores (B, C, C) -> weights, indices (B, C, K); index -1 where a slot is empty. explore: choose by scores
+    with Gumbel noise; weights are without. retriever: as in DRTConfig.
     """
     chunk = torch.arange(scores.shape[1], device=scores.device)
     if retriever != "learned":
@@ -269,7 +269,7 @@ def retrieve(scores, top_k, retriever="learned", explore=False):
     return F.pad(weights, (0, n_spare)), F.pad(indices.masked_fill(empty, -1), (0, n_spare), value=-1)
 
 
-def softmax_of_filled(scores, empty):        # over a chunk's slots; an empty one, or all of them, weigh 0
+def softmax_of_filled(scores, empty):        # over slots (.., K); an empty slot weighs 0, also if all are
     return scores.masked_fill(empty, -1e30).softmax(-1).masked_fill(empty, 0)
 
 
@@ -302,16 +302,17 @@ class WholeText:
 
     def retrieve(self, group, x):
         """For the layers of a group, whose input is x (B, N, d): read(q), q (B, N, H, D) -> (B, N, H, D)."""
-        model, S, k, v, n_chunk = self.model, self.S, self.k, self.v, math.ceil(x.shape[1] / self.S)
-        query = model.query_norms[group](self.complete_chunks(x)[:, :, -1])     # (B, C, d): landmarks
+        model, S, n_chunk = self.model, self.S, math.ceil(x.shape[1] / self.S)
+        query = model.query_norms[group](self.complete_chunks(x)[:, :, -1])     # (B, complete chunks, d)
         chunk = torch.arange(query.shape[1], device=x.device)
         with torch.autocast(x.device.type, enabled=False):                      # ranking needs full precision
             scores = model.scores(group, query, self.landmarks, chunk, chunk)
             weights, indices = self.choose(scores)
-        # Landmark t retrieved for chunk t + 1. Chunk 0 gets nothing; what the last one found, nobody reads.
+        # Landmark t serves chunk t + 1. Chunk 0 gets nothing, and if the last chunk is complete, too, then
+        # nobody reads what its landmark found.
         weights = F.pad(weights, (0, 0, 1, 0))[:, :n_chunk]                     # (B, C, K)
         indices = F.pad(indices, (0, 0, 1, 0), value=-1)[:, :n_chunk]
-        gca, softmax_one = model.gca, model.config.softmax_one
+        gca, k, v, softmax_one = model.gca, self.k, self.v, model.config.softmax_one
 
         def read(q):
             out = gca(to_chunks(q, S), k, v, weights, indices, softmax_one)     # (B, C, S, H, D)
@@ -365,7 +366,10 @@ class DRT(nn.Module):
         self.gca, self.window_attention, self.cross_entropy = gca, window_attention, cross_entropy
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, vocab_size), and mean cross-entropy of targets (-100: no label)."""
+        """tokens (B, T) -> logits (B, T, vocab_size), and mean cross-entropy of targets (-100: no label).
+
+        Training calls hidden(), and makes logits only where it needs them (tasks/).
+        """
         hidden = self.hidden(tokens)
         loss = None if targets is None else self.cross_entropy(hidden, self.embedding.weight, targets)
         return self.head(hidden), loss
@@ -389,8 +393,8 @@ class DRT(nn.Module):
         text.store(x)
         group_size = (config.n_layer - self.n_lower) // config.n_group
         for i in range(self.n_lower, config.n_layer):
-            group, number = divmod(i - self.n_lower, group_size)
-            if number == 0:                                                     # each group retrieves once
+            group, layer_in_group = divmod(i - self.n_lower, group_size)
+            if layer_in_group == 0:                                             # each group retrieves once
                 read = text.retrieve(group, x)
             x = self.layers[i](x, text.attend(i), read)
         return self.norm(text.remove_landmarks(x))

@@ -1,7 +1,7 @@
 """Train a DRT: to find needles in real text, or as a language model on a corpus.
 
     python train.py                                            needles, in minutes
-    python train.py --seed 1 --n_layer 4 --n_group 2 --out out/deep
+    python train.py --seed 1 --n_layer 4 --n_group 2 --out runs/deep
     python train.py --init_from lm/ckpt.pt --data data/code    needles, with a language model's weights
     torchrun --nproc_per_node 8 train.py --preset pg19         the paper's pre-training, on several GPUs
 
@@ -32,8 +32,8 @@ class TrainConfig:
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
     batch_size: int = 64            # contexts in a batch, over all GPUs
-    batch_tokens: int = 8192        # most tokens in a batch: of long contexts it has fewer, at the least one
-    micro_batch: int = 0            # contexts that a GPU takes at once, their gradients added up; 0: all
+    batch_tokens: int = 8192        # most tokens in a batch; of long contexts it has fewer, at least one
+    micro_batch: int = 0            # contexts that a GPU takes at once, to save memory; 0: all
     steps: int = 600                # updates of the weights
     lr: float = 4e-3                # peak learning rate
     final_lr: float = 0.1           # where the cosine ends, as a share of the peak
@@ -43,16 +43,17 @@ class TrainConfig:
     encoder_lr: float = 1.0         # learning rate of the chunk encoder's layers, as a share of the others'
     seed: int = 0                   # of the initial weights and of the data
     fast: bool = True               # swap pieces for faster ones (fast/); false: the plain files alone
-    compile: bool = False           # torch.compile each layer: most of a minute to start, then faster
+    compile: bool = False           # on a GPU, with fast: torch.compile each layer, which takes a minute
     dtype: str = "auto"             # to compute in; auto: bfloat16 or float16 on a GPU, float32 on a CPU
     validate_every: int = 25        # steps between looks at unseen text, after which the context may grow
     checkpoint_every: int = 500     # steps between checkpoints; one is always written at the end
 
 
 # Settings of known runs; docs/ has their numbers. A flag overrides the preset, the preset the default.
-LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8, seq_len=16380,
-          start_len=0, batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True,
-          validate_every=250, gca_residual=False,           # 16,380 tokens are 260 chunks of 63
+LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8,
+          seq_len=16380, start_len=0,                       # 260 chunks of 63
+          batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
+          gca_residual=False,
           encoder_identity=True, encoder_lr=0.1)            # not in the paper: docs/pretraining.md
 PRESETS = {
     "cpu": dict(n_encoder=1),
@@ -78,7 +79,10 @@ PRESETS = {
 # ---------------------------------------------------------------- the loop
 
 def train(config, model, task, run, saved=None):
-    """Draw a batch, forward, backward, step, log, look at unseen text, save. Returns the steps done."""
+    """Draw a batch, forward, backward, step, log, look at unseen text, save. Returns the steps done.
+
+    The model stays in training mode; without gradients, retrieval does not explore (WholeText in model.py).
+    """
     ranks, device = run.ranks, run.ranks.device
     dtype = cli.pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -87,28 +91,30 @@ def train(config, model, task, run, saved=None):
     step, length = 0, task.lengths()[0]
     if saved:
         load_optimizer(optimizer, saved["optimizer"])
+        scaler.load_state_dict(saved.get("scaler", {}) or scaler.state_dict())
         step, length = saved["step"], saved["length"]
     objective = ranks.objective(model, task.loss, config)       # task.loss(model, *batch), for all processes
     done = step >= config.steps
     with run.start(step):
         while not done:
-            # A batch: tokens, labels, .. (contexts, length). What is random depends on seed and step alone.
+            # A batch: tokens, labels (contexts, length), .. What is random depends on seed, step and rank.
             n_context = max(1, min(config.batch_size, config.batch_tokens // length))
-            batch = ranks.share(task.batch(step, length, n_context))
+            batch, shares = ranks.share(task.batch(step, length, n_context))
             noise = np.random.SeedSequence([config.seed, step, ranks.rank])     # of retrieval
             torch.manual_seed(int(noise.generate_state(1)[0]))
 
-            # Forward and backward, for as many contexts at once as fit.
+            # Forward and backward, for as many contexts at once as fit. Each label counts the same.
             size = config.micro_batch or len(batch[0])
             starts = range(0, len(batch[0]), size)
             metrics = {}                                                # the loss, and the task's METRICS
             for i in starts:
-                objective.require_backward_grad_sync = i == starts[-1]  # gradients travel once
+                objective.require_backward_grad_sync = i == starts[-1]  # DDP's: gradients travel once
                 with autocast:
                     loss, numbers = objective(*(x[i:i + size] for x in batch))
-                scaler.scale(loss / len(starts)).backward()
+                share = float(shares[i:i + size].sum())
+                scaler.scale(loss * share).backward()
                 for name, x in dict(loss=loss, **numbers).items():
-                    metrics[name] = metrics.get(name, 0) + x.detach() / len(starts)
+                    metrics[name] = metrics.get(name, 0) + x.detach() * share
 
             # Update the weights. A step whose gradient is not finite changes nothing.
             lr = learning_rate(step, config)
@@ -134,7 +140,8 @@ def train(config, model, task, run, saved=None):
             length = task.next_length(length, step, score)
             if step % config.checkpoint_every == 0 or done:
                 run.save(model, optimizer, step=step, length=length, tokenizer=task.corpus.tokenizer,
-                         settings=task.settings | asdict(model.config))
+                         settings=task.settings | asdict(model.config), scaler=scaler.state_dict(),
+                         contents=task.corpus.contents)
     return step
 
 

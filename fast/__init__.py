@@ -76,9 +76,9 @@ def check(model, tokens):
     does not. Pieces are of half a window, and of one token each at the end.
     """
     S, K, W = model.config.chunk_size, model.config.top_k, model.config.window
-    n = (K + 1) * (S - 1)                               # so few chunks that each retrieves all before it
+    n = (K + 1) * (S - 1)               # so few chunks that each retrieves all before it, even by chance;
     if model.config.retriever != "random":
-        n = max(n, W + S)
+        n = max(n, W + S)               # otherwise also more than the window holds
     tokens = tokens[:1, :n]
     original = copy.copy(model)                         # the same weights
     for name, _, _ in TABLE:

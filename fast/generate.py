@@ -4,8 +4,6 @@
 
 Inside a chunk nothing is retrieved, so on a GPU each token there is one CUDA graph (GraphedStep).
 """
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -22,8 +20,9 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     prompt          (B, n) tokens, or a list of B prompts of different lengths
     temperature     0: always the likeliest token; otherwise torch.manual_seed makes it repeatable
     top_k, top_p    sample among the k likeliest; among the likeliest that hold top_p of the probability
-    stop            tokens that end a sequence (they are yielded)
-    memory          what was read before the prompt; it reads prompt and answer too: fork() to keep it
+    stop            tokens that end a sequence (they are yielded); until all have ended it reads `pad`
+    memory          what was read before the prompt. Afterwards it holds prompt and answer, up to the last
+                    token that was yielded: fork() to keep what it was
     offload         as in Memory, where memory is None
 
     A prompt is padded on the left, with token `pad`, so that its last token opens a chunk. All of a question
@@ -36,7 +35,8 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
     check_generation(prompts, model.config.vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad)
     batches = as_batches(model, prompts, pad, memory, offload)
-    return generate_batches(model, batches, max_new_tokens, (temperature, top_k, top_p), stop)
+    return generate_batches(model, batches, max_new_tokens, (temperature, top_k, top_p), stop, pad,
+                            reads_last=memory is not None)
 
 
 def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad):
@@ -72,28 +72,43 @@ def as_batches(model, prompts, pad, memory, offload):
     return batches
 
 
+@torch.inference_mode(False)        # so that a memory can be read on in whatever mode
 @torch.no_grad()
-def generate_batches(model, batches, max_new_tokens, sampling, stop):
-    """The loop of generate(): batches from as_batches; sampling: temperature, top_k, top_p."""
+def generate_batches(model, batches, max_new_tokens, sampling, stop, pad, reads_last):
+    """The loop of generate(): batches from as_batches; sampling: temperature, top_k, top_p.
+
+    reads_last: each new token is read before it is yielded, also the last one, which nobody else needs read.
+    """
     device = model.embedding.weight.device
+    stop, steps = torch.tensor(stop, device=device), [GraphedStep(model) for _ in batches]
     numbers = [i for batch_numbers, _, _ in batches for i in batch_numbers]
     order = torch.tensor(numbers, device=device).argsort()
-    stop, ended = torch.tensor(stop, device=device), torch.full((len(numbers),), False, device=device)
-    steps = [GraphedStep(model) for _ in batches]
+    ended = [torch.full((len(tokens),), False, device=device) for _, tokens, _ in batches]
     newest = [tokens for _, tokens, _ in batches]                       # what each batch has to read next
+
+    def read_newest():
+        logits = []
+        for tokens, step, (_, _, memory) in zip(newest, steps, batches, strict=True):
+            fits = tokens.shape[1] == 1 and step.fits(memory)
+            logits.append(step(tokens, memory) if fits else read(model, tokens, memory, "last"))
+        return logits
+
+    logits = read_newest() if max_new_tokens else []
     for n in range(max_new_tokens):
-        for i, (_, _, memory) in enumerate(batches):
-            if n and steps[i].fits(memory):
-                logits = steps[i](newest[i], memory)
-            else:
-                logits = read(model, newest[i], memory, "last")
-            newest[i] = sample(logits, *sampling)[:, None]
-        new = torch.cat(newest)[order, 0]
-        yield new.masked_fill(ended, -1)
-        if len(stop):
-            ended |= torch.isin(new, stop)
-            if ended.all():
-                return
+        yielded = []
+        for i, scores in enumerate(logits):
+            new = sample(scores, *sampling)
+            yielded.append(new.masked_fill(ended[i], -1))
+            newest[i] = new.masked_fill(ended[i], pad)[:, None]
+            ended[i] |= torch.isin(new, stop)
+        is_last = n + 1 == max_new_tokens or bool(len(stop)) and bool(torch.cat(ended).all())
+        if reads_last:
+            logits = read_newest()
+        yield torch.cat(yielded)[order]
+        if is_last:
+            return
+        if not reads_last:
+            logits = read_newest()
 
 
 def sample(logits, temperature, top_k=None, top_p=None):
@@ -156,7 +171,7 @@ class GraphedStep:
         self.window = [(k.clone(), v.clone()) for k, v in memory.window]
         self.weights = [weights.clone() for weights, _ in memory.serving]
         self.indices = [indices.clone() for _, indices, _ in served]
-        mine = copy.copy(memory)
+        mine = memory.twin()
         mine.serving = list(zip(self.weights, self.indices, strict=True))
         mine.serve = lambda g, indices: (served[g][0], self.indices[g], None)
 

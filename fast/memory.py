@@ -11,7 +11,6 @@ values can stay in CPU memory, whatever the length: K chunks travel to the GPU f
 """
 from __future__ import annotations
 
-import copy
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -188,6 +187,7 @@ class Memory:
         require(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
         require(capacity is None or capacity >= 1, f"capacity must be at least 1, got {capacity}")
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
+        self.weights = state_of(model)                          # those that wrote this memory
         self.device = model.embedding.weight.device
         if offload and self.device.type != "cuda":
             warnings.warn("offload changes nothing: the model is on the CPU", stacklevel=2)
@@ -265,6 +265,9 @@ class Memory:
         """ValueError if the model cannot read these tokens into this memory."""
         device, wanted = model.embedding.weight.device, self.length + tokens.shape[1]
         require(self.model is model, "memory must be this model's own; it was made for another model")
+        require(self.weights == state_of(model), "memory must be of the model's weights as they are: they "
+                "have changed since it was begun; read the text again")
+        require(tokens.numel(), "tokens must be at least one for each sequence, got none")
         require(self.device == device, f"memory must be on the model's device {device}, got {self.device}")
         require(len(tokens) == self.batch_size,
                 f"tokens must be {self.batch_size} sequences, as the memory, got {len(tokens)}")
@@ -278,11 +281,24 @@ class Memory:
         This memory goes on writing behind the chunks of its last page. The fork does not look there, and
         opens a page of its own.
         """
-        other = copy.copy(self)
+        other = self.twin()
         other.window = [kv and tuple(x.clone() for x in kv) for kv in self.window]
         other.serving, other.served, other.is_own = list(self.serving), {}, False
         other.pages = [Page(page.tensors, page.used) for page in self.pages]
         other.cache = ChunkCache(self.cache.n_group) if self.cache else None
+        return other
+
+    __copy__ = fork                             # copies of it that share windows would spoil each other
+
+    def __deepcopy__(self, _):
+        return self.fork()
+
+    def __reduce__(self):
+        raise TypeError("a memory cannot be pickled: save(path) writes it, and fork() copies it")
+
+    def twin(self):                             # another object with the same parts
+        other = object.__new__(Memory)
+        vars(other).update(vars(self))
         return other
 
     def snapshot(self):
@@ -373,6 +389,13 @@ def holds_its_length(state, config):
 
     return (state["format"] == FORMAT and B >= 1 and length >= 0
             and all(shapes_of(state[name]) == shape for name, shape in shapes.items()))
+
+
+def state_of(model):
+    """What differs as soon as a weight has changed, was replaced or moved, at next to no cost."""
+    weights = [*model.parameters()]
+    versions = [0 if p.is_inference() else p._version for p in weights]
+    return sum(versions), hash(tuple(p.data_ptr() for p in weights))
 
 
 def fingerprint(model):

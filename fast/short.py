@@ -35,7 +35,7 @@ class Graphs:
         if not self.pays(tokens, memory):
             return None
         device = tokens.device.type
-        kind = (tokens.shape, tokens.dtype, torch.is_inference_mode_enabled(),
+        kind = (tokens.shape, tokens.dtype,
                 torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         if kind in self.seen and kind not in self.recorded and len(self.recorded) < MOST:
             self.recorded[kind] = GraphedText(self.model, tokens)

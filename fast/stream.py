@@ -22,6 +22,7 @@ BUNDLE = 64                         # scores of which only the largest is compar
 SORTED = 512                        # so few scores, or fewer, are simply sorted
 
 
+@torch.inference_mode(False)        # so that a memory can be read on in whatever mode
 @torch.no_grad()
 def read(model, tokens, memory, at=None, graphs=None):
     """The logits that model(all tokens so far) gives for these tokens, which the memory then holds, too.
@@ -192,10 +193,10 @@ class Grid:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (self.offset, after))
         return x.unflatten(1, (self.chunks, rows))
 
-    def to_chunks(self, x):                  # (B, N, ..) -> (B, C, S, ..)
+    def to_chunks(self, x):                  # (B, N, ..) -> (B, C, S, ..); a single chunk: (B, 1, N, ..)
         return self.pad(x, self.S, self.length)
 
-    def to_stream(self, x):                  # (B, C, S, ..) -> (B, N, ..)
+    def to_stream(self, x):                  # and back
         start = self.offset if self.chunks > 1 else 0
         return x.flatten(1, 2)[:, start:start + self.length]
 

@@ -2,15 +2,16 @@
 
 A task is a class that train.py and eval.py ask, by these names:
 
-    Task(settings, corpus)                  settings: those of a run, {flag: value}
+    Task(settings, corpus)                  settings: those of a run, {flag: value}; both are kept
     lengths(), check(length)                the context lengths of training; ValueError where one does not fit
-    batch(step, length, size)               the arrays of a training step, (size, length) each
+    batch(step, length, size)               a training step: tokens and labels (size, length), and what else
     loss(model, *batch)                     the loss, and {name: number} of METRICS
     score(model, step, length, size)        how it does on unseen text: {name: number} of SCORES
     next_length(length, step, score)        the context length of the next step
     measure(model, read, lengths, n, seed)  the table after training, a row at a time; read: tools/reader.py's
-    measured_on()                           the text that it is measured on, for the report
-    REPORT, TITLE                           the file that the table goes to, and what stands above it
+    measured_on()                           the text that it is measured on, for the report; of tasks on
+                                            corpora with a test split, both take the split, too
+    METRICS, SCORES, REPORT, TITLE          names; the file that the table goes to, what stands above it
 
 To add a task, write one file here, and name its class in TASKS. (haystack.py and chains.py belong to
 needles.py: what a context with needles holds.)

@@ -9,7 +9,7 @@ more (`--path spread`):
 """
 import numpy as np
 
-from tasks.haystack import ALPHABETS, Haystack, random_names, write
+from tasks.haystack import ALPHABETS, places, random_names, write
 
 PATHS = "joined", "spread", "late"
 
@@ -27,15 +27,14 @@ class Chains:
         self.chunks_per_question = 3 if path == "late" else 2
         self.least_length = 3 * n_text + 1 + self.parts[1] + n_value    # of a context with one question
         self.answer_offsets = np.concatenate([part + np.arange(n_value) for part in self.parts])
-        self.hay = Haystack(n_text, n_value, alphabet, straddle)
-        self.hay.needle_length = self.needle_length
+        self.straddle = straddle
 
     def answer_chunks(self, length, n):
-        """The chunks (n,) that n questions' answers open."""
+        """The chunks (n,) after those that n questions end, so late that the last answer still fits."""
         last = (length - 1 - self.parts[1] - self.n_value) // self.n_text
         return last - self.chunks_per_question * np.arange(n)[::-1]
 
-    def n_question(self, length, wanted):
+    def questions_in(self, length, wanted):
         """How many questions a context has: as many as wanted, if there is a chunk for each needle.
 
         Of n questions, the first one's chunk is answer_chunks(length, n)[0] - 1; 2 n needles lie before that.
@@ -44,18 +43,19 @@ class Chains:
         return min(wanted, (last + each - 1) // (each + self.n_hop))
 
     def batch(self, text, rng, B, length, wanted):
-        n, (bar, ask, colon) = self.n_question(length, wanted), self.alphabet[2:]
+        n, (bar, ask, colon) = self.questions_in(length, wanted), self.alphabet[2:]
         start = rng.integers(len(text), size=(B, 1))
         x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
         names = random_names(rng, B, 3 * n, self.n_value, self.alphabet.values)
         a, b, c = names[:, :n], names[:, n:2 * n], names[:, 2 * n:]     # (B, n, n_value)
 
         answer_chunks = self.answer_chunks(length, n)
-        needle_at = self.hay.places(rng, B, 2 * n, answer_chunks[0] - 1)
-        answer_at = answer_chunks * self.n_text + np.zeros((B, 1), int)
+        n_before = answer_chunks[0] - 1                                 # chunks before the first question's
+        needle_at = places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.straddle)
+        border_at = answer_chunks * self.n_text + np.zeros((B, 1), int)                         # (B, n)
         write(x, needle_at[:, :n], bar, a, colon, b, bar)
         write(x, needle_at[:, n:], bar, b, colon, c, bar)
-        write(x, answer_at - (2 + self.n_name), bar, ask, a)
-        write(x, answer_at + self.parts[0], colon, b)
-        write(x, answer_at + self.parts[1], colon, c)
-        return x[:, :-1], x[:, 1:], (answer_at[..., None] + self.answer_offsets).reshape(B, -1)
+        write(x, border_at - (2 + self.n_name), bar, ask, a)
+        write(x, border_at + self.parts[0], colon, b)
+        write(x, border_at + self.parts[1], colon, c)
+        return x[:, :-1], x[:, 1:], (border_at[..., None] + self.answer_offsets).reshape(B, -1)

@@ -55,20 +55,20 @@ class Haystack:
         self.answer_offsets = np.arange(n_value)    # positions that predict an answer, from where it begins
 
     def answer_chunks(self, length, n):
-        """The chunks (n,) that n answers open, so late that the last one just fits."""
+        """The chunks (n,) that n answers open, so late that the last answer still fits."""
         return (length - 1 - self.n_value) // self.n_text - np.arange(n)[::-1]
 
-    def n_question(self, length, wanted):
+    def questions_in(self, length, wanted):
         """How many questions a context has: as many as wanted, if each and its needle have a chunk."""
         return min(wanted, (length - 1 - self.n_value) // self.n_text // 2)
 
     def batch(self, text, rng, B, length, wanted):
-        """B contexts of `length` tokens: stretches of text, with n_question() needles and questions each.
+        """B contexts of `length` tokens: stretches of text, with questions_in() needles and questions each.
 
         Returns tokens and next_tokens (B, length), and answer_at (B, n * n_value): the positions whose next
         token is part of an answer.
         """
-        n, (bar, ask, colon) = self.n_question(length, wanted), self.alphabet[2:]
+        n, (bar, ask, colon) = self.questions_in(length, wanted), self.alphabet[2:]
         start = rng.integers(len(text), size=(B, 1))            # one token more, as next_tokens are shifted
         x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
         names = random_names(rng, B, n, NAME, self.alphabet.names)                      # (B, n, NAME)
@@ -76,20 +76,22 @@ class Haystack:
         values = self.alphabet.values[values].reshape(B, n, self.n_value)
 
         first_answer = self.answer_chunks(length, n)[0]
-        needle_at = self.places(rng, B, n, first_answer - 1)            # before the first question's chunk
-        answer_at = self.answer_chunks(length, n) * self.n_text + np.zeros((B, 1), int)          # (B, n)
+        n_before = first_answer - 1                                     # chunks before the first question's
+        needle_at = places(rng, B, n, n_before, self.n_text, self.needle_length, self.straddle)
+        colon_at = self.answer_chunks(length, n) * self.n_text + np.zeros((B, 1), int)          # (B, n)
         write(x, needle_at, bar, names, colon, values, bar)
-        write(x, answer_at - (2 + NAME), bar, ask, names)
-        write(x, answer_at, colon, values)
+        write(x, colon_at - (2 + NAME), bar, ask, names)
+        write(x, colon_at, colon, values)
         # A colon predicts the first token of the value, and each token but the last one predicts the next.
-        return x[:, :-1], x[:, 1:], (answer_at[..., None] + self.answer_offsets).reshape(B, -1)
+        return x[:, :-1], x[:, 1:], (colon_at[..., None] + self.answer_offsets).reshape(B, -1)
 
-    def places(self, rng, B, n, n_chunk):
-        """Where n needles begin in the first n_chunk chunks: (B, n)."""
-        if self.straddle:
-            return random_starts(rng, B, n, n_chunk * self.n_text, self.needle_length)
-        chunk = random_starts(rng, B, n, n_chunk, 1)
-        return chunk * self.n_text + rng.integers(0, self.n_text - self.needle_length + 1, (B, n))
+
+def places(rng, B, n, n_chunk, n_text, size, straddle):
+    """Where n needles of `size` tokens begin in the first n_chunk chunks: (B, n)."""
+    if straddle:
+        return random_starts(rng, B, n, n_chunk * n_text, size)
+    chunk = random_starts(rng, B, n, n_chunk, 1)
+    return chunk * n_text + rng.integers(0, n_text - size + 1, (B, n))
 
 
 def write(x, at, *parts):

@@ -37,7 +37,7 @@ class Needles:
 
     METRICS = ("answer_loss", "lm_loss", "answer_accuracy")     # what loss() returns beside the loss
     SCORES = ("val_accuracy",)
-    REPORT, TITLE = "niah.json", "Needles in contexts of up to 1024 times the training length"
+    REPORT, TITLE = "niah.json", "Needles by length of the context, up to 1024 times that of training"
 
     def __init__(self, settings, corpus):
         """settings: those of a run, by name: NeedleConfig's, chunk_size, seed and seq_len among them."""
@@ -50,7 +50,7 @@ class Needles:
         self.haystack = Chains(*given, path) if kind == "multihop" else Haystack(*given)
         self.n_needle = 1 if kind == "single" else settings["n_needle"]
         require(self.n_needle >= 1, f"n_needle must be at least 1, got {self.n_needle}")
-        fewest, most = self.haystack.n_hop, len(alphabet.values)
+        fewest, most = (2 if kind == "multihop" else 1), len(alphabet.values)
         require(fewest <= n_value <= most, f"n_value must be in {fewest}..{most}, got {n_value}")
         least = 1 + self.haystack.needle_length
         unit = "bytes" if corpus.tokenizer == "bytes" else "tokens"
@@ -132,26 +132,29 @@ class Needles:
         if not lengths:
             most = read.most_chunks * self.haystack.n_text
             lengths = [self.settings["seq_len"] * 4 ** i for i in range(6)]
-            lengths = [length for length in lengths if length <= most]
+            lengths = [length for length in lengths if length <= most] or lengths[:1]
         for length in lengths:
             hits = self.answers(model, read, length, n_question, seed).double()
             yield dict(length=length, questions=len(hits),
-                       needles=self.haystack.n_hop * self.haystack.n_question(length, self.n_needle),
+                       needles=self.haystack.n_hop * self.haystack.questions_in(length, self.n_needle),
                        token_accuracy=100 * hits.mean().item(),
                        exact_match=100 * hits.all(1).double().mean().item())
 
     def answers(self, model, read, length, n_question, seed):
         """Whether each token of each answer is right: (n_question, tokens of an answer)."""
-        device, n = model.embedding.weight.device, self.haystack.n_question(length, self.n_needle)
+        device, n = model.embedding.weight.device, self.haystack.questions_in(length, self.n_needle)
         if not n_question:
             n_question = AFFORDABLE[device.type] // length * n
             n_question = max(FEW_QUESTIONS, min(MANY_QUESTIONS, n_question))
-        n_context = -(-n_question // n)
-        batch = min(n_context, read.contexts_at_once(model, length))
-        rng, hits = np.random.default_rng([EVALUATION, seed, length]), []
-        for _ in range(0, n_context, batch):
-            arrays = self.haystack.batch(self.corpus.val, rng, batch, length, n)
-            tokens, labels, answer_at = map(torch.from_numpy, arrays)
+        n_context, at_once = -(-n_question // n), read.contexts_at_once(model, length)
+        hits = []
+        for first in range(0, n_context, at_once):
+            contexts = []                               # each drawn for itself: the same on every machine
+            for i in range(first, min(first + at_once, n_context)):
+                rng = np.random.default_rng([EVALUATION, seed, length, i])
+                contexts.append(self.haystack.batch(self.corpus.val, rng, 1, length, n))
+            tokens, labels, answer_at = (
+                torch.from_numpy(np.concatenate([context[i] for context in contexts])) for i in range(3))
             at = torch.zeros(tokens.shape, dtype=torch.bool).scatter(1, answer_at, True)
             logits = read(model, tokens.to(device), at.to(device))
             hits.append(logits.argmax(-1).cpu() == labels[at])

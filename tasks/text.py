@@ -5,8 +5,11 @@
 
 What each method of a task is for, tasks/__init__.py says.
 """
+import hashlib
 import json
 import math
+import os
+import re
 import sysconfig
 import zlib
 from functools import lru_cache
@@ -52,10 +55,30 @@ def load_tokenizer(name):
     except Exception as error:                      # of the network, in many shapes
         raise Mistake("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
                          "holds tiktoken's files for it, or prepare --data with --tokenizer bytes") from error
-    return Tokenizer(gpt2.encode_ordinary, gpt2.decode_bytes, gpt2.n_vocab, gpt2.eot_token)
+
+    def encode(text):
+        """In pieces, because a run of a million spaces is too much for tiktoken's regular expression."""
+        ends = [run.end() for run in re.finditer(r"\s{50000}", text)]
+        pieces = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+        return [token for piece in pieces for token in gpt2.encode_ordinary(piece)]
+
+    return Tokenizer(encode, gpt2.decode_bytes, gpt2.n_vocab, gpt2.eot_token)
 
 
 # ---------------------------------------------------------------- corpora
+
+def text_files(folder, ending):
+    """The texts in a folder, in order: regular files with this ending. And whatever else has that ending.
+
+    What has a name that begins with a dot is no text: editors and systems keep copies and locks there.
+    """
+    texts, others = [], []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.name.lower().endswith(ending):
+            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            (texts if path.is_file() and not is_hidden else others).append(path)
+    return texts, others
+
 
 class Corpus(NamedTuple):
     name: str               # as --data has it
@@ -66,6 +89,7 @@ class Corpus(NamedTuple):
     test: np.ndarray = None     # of yet others, where there are some
     references: dict = None     # every second document is a summary: {split: hash of SPLIT.jsonl}
     names: dict = None          # {split: names of its documents}, where they have names
+    contents: str = ""          # a hash of all tokens, if it is known
 
     def unseen(self, split=None):           # the split to measure on
         return split or ("val" if self.test is None else "test")
@@ -87,18 +111,22 @@ def load_corpus(name):
         sizes = {split: meta["splits"][split]["tokens"] for split in {"train", "val", *meta["splits"]}}
         vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
         require(all(type(n) is int for n in [vocab_size, *sizes.values()]), "numbers")
-        require(tokenizer in NEWLINES, "an unknown tokenizer")
+        require(type(tokenizer) is str, "no tokenizer")
+        hashes = [meta["splits"][split].get("sha256") for split in sizes]
+        contents = hashlib.sha256(json.dumps(sorted(hashes)).encode()).hexdigest() if all(hashes) else ""
         names = meta.get("names") or {}
         require(all(type(name) is str for split in sizes for name in names.get(split, [])), "names")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Mistake(f"{folder}/meta.json is damaged, or tools.prepare did not make it: "
                          "prepare the corpus again") from error
+    require(tokenizer in NEWLINES, f"{folder}/meta.json: the tokenizer must be one of {', '.join(NEWLINES)}, "
+            f"got {tokenizer}")
     for split, n_token in sizes.items():
         path = folder / f"{split}.bin"
         require(n_token and path.is_file() and path.stat().st_size == 2 * n_token,
                 f"{path} must hold the {n_token} tokens that meta.json says: prepare it again")
         splits[split] = np.memmap(path, np.uint16, mode="r")
-    others = dict(references=meta.get("references"), names=names)
+    others = dict(references=meta.get("references"), names=names, contents=contents)
     return Corpus(name, vocab_size=vocab_size, tokenizer=tokenizer, **others, **splits)
 
 
@@ -106,10 +134,10 @@ def stdlib_corpus():
     """Python's library source as bytes; about one file in eight, chosen by its path, is for validation."""
     root = Path(sysconfig.get_path("stdlib"))
     train, val = [], []
-    for path in sorted(root.rglob("*.py")):
+    for path in text_files(root, ".py")[0]:
         name = path.relative_to(root).as_posix()
-        if "-packages/" not in name:                     # site-packages and dist-packages are not the library
-            split = val if zlib.crc32(name.encode()) % 8 == 0 else train
+        if "-packages/" not in name and os.access(path, os.R_OK):      # those are not the library
+            split = val if zlib.crc32(os.fsencode(name)) % 8 == 0 else train
             split.append(path.read_bytes())
     train, val = (np.frombuffer(b"".join(files), np.uint8) for files in (train, val))
     return Corpus("stdlib", train, val, 256)
@@ -198,8 +226,8 @@ class Text:
         size = self.settings["micro_batch"] or max(1, size)
         device = model.embedding.weight.device
         tokens, labels = (torch.from_numpy(x).to(device).split(size) for x in batch)
-        losses = [self.loss(model, *pair)[0] for pair in zip(tokens, labels, strict=True)]
-        return dict(val_loss=torch.stack(losses).mean().item())
+        losses = [self.loss(model, *pair)[0] * len(pair[0]) for pair in zip(tokens, labels, strict=True)]
+        return dict(val_loss=torch.stack(losses).sum().item() / N_VALIDATION)
 
     def next_length(self, length, step, score):
         return self.settings["seq_len"] if step >= SHORT * self.settings["steps"] else length

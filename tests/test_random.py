@@ -141,7 +141,7 @@ def test_windows(n_token, length, batch, seed):
         assert sorted(epoch) == [i * length for i in range(n)]
 
 
-FLAGS = [*settings.fields_of_a_run(train.TrainConfig)]
+FLAGS = [*settings.default_settings(train.TrainConfig)]
 VALUES = "0 1 2 3 7 16 64 100 0.5 1e9 nan -1 true false x inf 9999999999 learned last needles text".split()
 
 

@@ -131,7 +131,7 @@ def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, straddle):
                 assert straddle or place // S == (place + 14) // S
         assert len(starts) == 5
     room = dict(joined=6, spread=6, late=5)[path]
-    assert chains.n_question(400, 99) == room and chains.n_question(59, 99) == (path == "joined")
+    assert chains.questions_in(400, 99) == room and chains.questions_in(59, 99) == (path == "joined")
     assert chains.batch(text, np.random.default_rng(0), 1, 400, 99)[2].shape == (1, 12 * room)
 
 

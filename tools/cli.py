@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from contextlib import contextmanager
 from dataclasses import fields
@@ -27,22 +28,27 @@ LOWER = ("to train, lower --batch_tokens, --micro_batch or the model's sizes; to
          "use --offload where there is a GPU")
 
 
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+          if hasattr(signal, name)]             # signals that ask a process to end
+
+
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """A signal other than Ctrl-C asked the process to end; its number."""
 
 
 def program(main):
     """Wrap main(argv): a user's mistake, a signal or a full machine ends in one line, not in a traceback.
 
-    Exit status: 2 for mistakes and for what the machine cannot do, 130 after Ctrl-C, 143 after SIGTERM. A
-    second signal ends the program at once.
+    Exit status: 2 for mistakes and for what the machine cannot do, 128 + number after a signal (130 after
+    Ctrl-C, 143 after SIGTERM). A second signal ends the program at once.
     """
     @functools.wraps(main)
     def run(argv=None):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:              # closed by whoever started the program
                 setattr(sys, name, open(os.devnull, "w"))
-            getattr(sys, name).reconfigure(errors="backslashreplace")       # of a terminal that lacks letters
+            if hasattr(getattr(sys, name), "reconfigure"):                  # not in a notebook
+                getattr(sys, name).reconfigure(errors="backslashreplace")   # of a terminal that lacks letters
         with signals(raise_signal):
             try:
                 result = main(argv)
@@ -50,8 +56,8 @@ def program(main):
                 return result
             except KeyboardInterrupt:
                 end(130, "interrupted", os._exit)       # at once: no waiting for threads and workers
-            except Terminated:
-                end(143, "terminated", os._exit)
+            except Terminated as error:
+                end(128 + (error.args or [signal.SIGTERM])[0], "terminated", os._exit)
             except BrokenPipeError:                     # `| head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 sys.exit(141)
@@ -97,8 +103,14 @@ def end(status, message, leave=sys.exit):
 
 @contextmanager
 def signals(handler):
-    """SIGINT and SIGTERM call handler(number) in here; the second one ends the program at once."""
+    """Signals that ask to end call handler(number) in here; the second one ends the program at once.
+
+    Not in a thread, where Python has no signals; and nohup's SIGHUP stays ignored.
+    """
     seen = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [number for number in ENDING if in_main_thread
+               and (number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN)]
 
     def handle(number, _):
         if seen:
@@ -106,7 +118,7 @@ def signals(handler):
         seen.append(number)
         handler(number)
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -126,7 +138,7 @@ def default_signals():
 
 
 def raise_signal(number):
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 # ---------------------------------------------------------------- flags
@@ -285,7 +297,15 @@ def pick_dtype(name, device):
     return torch.float16
 
 
-say_once = functools.lru_cache(functools.partial(print, flush=True))
+def say(text, file=None):
+    """Print a line. Where that fails (a closed pipe, a full disk), the work goes on and is saved."""
+    try:
+        print(text, file=file, flush=True)
+    except (OSError, ValueError):
+        pass                                            # at its end, program() says that it could not
+
+
+say_once = functools.lru_cache(say)
 
 
 def autocast(device, dtype):
@@ -320,7 +340,7 @@ def print_table(rows):
     table = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+        say("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
 
 def check_writable(flag, path):
@@ -344,7 +364,7 @@ def save_report(path, settings, device, rows):
 
 def commit():
     """The commit of this checkout, with a + if files have changed since; None outside of a checkout."""
-    line = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+    line = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         done = subprocess.run(line, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
         return done.stdout.strip()

@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from gca import require
+from tasks.text import text_files
 
 LEAST = 200_000             # characters of a package
 LARGE = 400_000             # of a document that is long enough to measure long contexts in
@@ -26,7 +27,7 @@ def installed_packages():
     packages = {}
     for kind in ("purelib", "platlib", "stdlib"):
         folder = Path(sysconfig.get_path(kind))
-        for path in sorted(folder.rglob("*.py")):
+        for path in text_files(folder, ".py")[0]:
             inside = path.relative_to(folder)
             if not VENDORED & {*inside.parts}:
                 of_a_module = "python" if kind == "stdlib" else inside.stem

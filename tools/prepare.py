@@ -28,19 +28,23 @@ from tqdm import tqdm
 
 from fast.files import atomic_file
 from gca import Mistake, require
-from tasks.text import load_tokenizer
+from tasks.text import load_tokenizer, text_files
 from tools import cli, packages, pairs
 
 # ---------------------------------------------------------------- a folder of text -> a corpus
 
 def split_documents(folder):
     """{split: paths} of a folder's .txt files: its own train, val and test, or one in twenty for val."""
-    splits = {name: sorted((folder / name).rglob("*.txt")) for name in ("train", "val", "test")}
+    files, others = text_files(folder, ".txt")
+    if others:
+        print(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
+              f"{', ..' if len(others) > 1 else ''}")
+    splits = {name: [path for path in files if path.relative_to(folder).parts[0] == name]
+              for name in ("train", "val", "test")}
     if not splits["train"]:
-        files = sorted(folder.rglob("*.txt"))
         require(len(files) >= 2,
                 f"{folder} must hold at least two .txt files, a document each, got {len(files)}")
-        drawn = sorted(files, key=lambda path: zlib.crc32(path.relative_to(folder).as_posix().encode()))
+        drawn = sorted(files, key=lambda path: zlib.crc32(os.fsencode(path.relative_to(folder))))
         n_val = max(1, len(files) // 20)
         splits = dict(train=sorted(drawn[n_val:]), val=sorted(drawn[:n_val]))
     require(splits["val"], f"{folder}/val must hold .txt files, as {folder}/train does")

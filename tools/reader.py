@@ -1,4 +1,4 @@
-"""How eval.py reads texts and generates: by the clock, as much at once as fits, by fast/ or plainly."""
+"""How tables are measured: reading and generating by the clock, as much at once as fits, by fast/ or not."""
 import time
 
 import torch
@@ -33,8 +33,8 @@ class Reader:
         speed = self.tokens / self.seconds if self.seconds else 0.0
         return dict(seconds=self.seconds, tokens_per_second=speed, **cli.peak_memory(self.device))
 
-    def pieces(self, model):
-        """What reads, in words; with fast/, the model's pieces are swapped first."""
+    def prepare(self, model):
+        """Swap the model's pieces for fast/'s, if they are to be used; returns what reads, in words."""
         if not self.use_fast:
             return f"The plain files read, all at once, at most {PLAIN_CHUNKS:,} chunks without --lengths."
         active = fast.describe(fast.apply(model))
@@ -50,9 +50,9 @@ class Reader:
             if self.use_fast and model not in self.checked:
                 fast.check(model, tokens)
                 self.checked.add(model)
-            if self.use_fast and self.device.type == "cuda" and tokens.shape not in self.warm:
+            if self.use_fast and self.device.type == "cuda" and (model, tokens.shape) not in self.warm:
                 warm_up(model, tokens)                              # compile before the clock runs
-                self.warm.add(tokens.shape)
+                self.warm.add((model, tokens.shape))
             start = time.perf_counter()
             if self.use_fast:
                 memory = fast.Memory(model, len(tokens), capacity=tokens.shape[1])

@@ -5,6 +5,7 @@ So a checkpoint (tools/checkpoint.py) holds weights, optimizer, step and context
 goes on as if it had not stopped.
 """
 import csv
+import errno
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ try:
 except ImportError:                     # not on Windows: runs are not locked there
     fcntl = None
 
+NO_LABEL = -100             # where a token has none, as in torch
 LINE_EVERY = 30            # seconds between lines of progress in a log file
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU, which waits for it
 BAD_STEPS = 10             # in a row, without a finite loss and gradient: the run ends
@@ -44,14 +46,19 @@ def prepare_folder(out, resume):
     """
     require(not out.exists() or out.is_dir(), f"--out: {out} must be a folder, it is a file")
     if out.is_dir() and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.csv")):
-        lock(out).close()                       # not while it is being written
-        around_us = [Path.cwd(), *Path.cwd().parents]
-        require(out.resolve() not in around_us, f"--out: {out} holds a run, and this is the current folder")
-        number = next(i for i in range(1, 10 ** 9) if not out.with_name(f"{out.name}.{i}").exists())
-        aside = out.absolute().with_name(f"{out.absolute().name}.{number}")
-        out.rename(aside)
-        print(f"the run that was in {out} is now in {aside}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
+        folder, around_us = out.resolve(), [Path.cwd(), *Path.cwd().parents]            # where a link leads
+        for path in {folder / ".lock", *folder.rglob(".lock")}:
+            lock(path.parent).close()           # not while a run is writing there, or to a folder inside
+        require(folder not in around_us, f"--out: {out} holds a run, and this is the current folder")
+        number = next(i for i in range(1, 10 ** 9) if not folder.with_name(f"{folder.name}.{i}").exists())
+        aside = folder.with_name(f"{folder.name}.{number}")
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise Mistake(f"--out: {out} holds a run and cannot be moved aside ({error.strerror}): "
+                          "give another folder, or move what it holds") from error
+        cli.say(f"the run that was in {out} is now in {aside}")
+    out.resolve().mkdir(parents=True, exist_ok=True)
     return lock(out)
 
 
@@ -60,8 +67,9 @@ def lock(out):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Mistake(f"--out: another run is writing to {out}") from None
+    except OSError as error:                    # any other: a file system that has no locks
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise Mistake(f"--out: another run is writing to {out}") from None
     return file
 
 
@@ -93,13 +101,18 @@ class Ranks:
         return x
 
     def share(self, batch):
-        """This process's rows of a batch (numpy arrays), as tensors on the device."""
+        """This process's rows of a batch (numpy arrays), as tensors on the device.
+
+        And each row's share of all labels, times the number of processes, over which gradients are averaged.
+        """
         n = len(batch[0]) // self.size
         rows = slice(self.rank * n, (self.rank + 1) * n)
+        n_label = (batch[1] != NO_LABEL).sum(1)
+        shares = n_label[rows] / max(1, n_label.sum()) * self.size
         tensors = [torch.from_numpy(x[rows]) for x in batch]
         if self.device.type == "cuda":
             tensors = [x.pin_memory() for x in tensors]         # from there, the copy waits for nothing
-        return [x.to(self.device, non_blocking=True) for x in tensors]
+        return [x.to(self.device, non_blocking=True) for x in tensors], shares
 
     def objective(self, model, loss, config):
         """A function that computes loss(model, *batch), with gradients averaged over all processes."""
@@ -155,7 +168,7 @@ class Run:
 
     def __exit__(self, *_):
         self.catching.__exit__(None, None, None)
-        self.bar.close()
+        self.quietly(self.bar.close)
         self.file.close()
 
     def stopped(self):
@@ -170,7 +183,7 @@ class Run:
         Rows are written together, now and then; scores (None, or a dict) go with the last one.
         """
         self.rows.append(row | metrics)
-        self.bar.update()
+        self.quietly(self.bar.update)
         if scores or row["step"] % LOG_EVERY == 0:
             self.flush(scores or {})
 
@@ -204,11 +217,18 @@ class Run:
         news.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         if row["mfu"]:
             news.append(f"{row['mfu']:.0f}% MFU, {row['gpu_gib']:.0f} GiB")
-        self.bar.set_postfix_str(", ".join(news), refresh=False)
+        self.quietly(self.bar.set_postfix_str, ", ".join(news), refresh=False)
         now, is_last = time.perf_counter(), row["step"] == self.n_step
         if self.first and self.in_lines and (is_last or now >= self.last_line + LINE_EVERY):
-            print(self.bar, file=sys.stderr, flush=True)
+            cli.say(self.bar, sys.stderr)
             self.last_line = now
+
+    def quietly(self, show, *arguments, **more):
+        """Progress that cannot be shown (a closed pipe, a full disk) stops no run."""
+        try:
+            show(*arguments, **more)
+        except (OSError, ValueError):
+            self.bar.disable = True
 
     def save(self, model, optimizer, **state):
         """A checkpoint, by the first process. Weights that are not finite never replace a good one."""
@@ -220,7 +240,7 @@ class Run:
             save_checkpoint(self.out / "ckpt.pt", model, optimizer=optimizer.state_dict(), **state)
 
     def finish(self, step):
-        """After the loop: the other processes end, and so does this one if a signal stopped the run."""
+        """After the loop: leave the group of processes, and the program if a signal stopped the run."""
         if self.ranks.size > 1:
             dist.destroy_process_group()
         if step < self.n_step or self.signal:                   # it may come after the last step
@@ -232,7 +252,12 @@ class Run:
 def open_log(path, columns, step):
     """log.csv, ready for the row after `step`; rows that a resumed run will write again are dropped."""
     text = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
-    kept = text.splitlines()[1:step + 1]
+    kept = []
+    for line in text.splitlines()[1:step + 1]:
+        cells = line.split(",")
+        if len(cells) != len(columns) or cells[0] != str(len(kept) + 1):
+            break                               # cut, or not ours: what follows is left out, too
+        kept.append(line)
     if len(kept) < step:
         print(f"{path} has {len(kept)} of the {step} rows before this step; it goes on without the others")
     with atomic_file(path) as file:

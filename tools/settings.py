@@ -2,8 +2,8 @@
 
     config, model, task, run, saved = setup(TrainConfig, PRESETS, argv)
 
-Settings come in layers: a dataclass's default, the preset's value, that of a run to resume or of a checkpoint
-to begin with, the flag.
+Of a new run, a flag overrides the model of --init_from, that the preset, and that a dataclass's default. A
+run that goes on has its own settings; a flag overrides only those that MAY_CHANGE.
 """
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,9 +27,9 @@ CHOICES = dict(task=[*TASKS, *PAPER_NAMES], needle=KINDS, path=PATHS, retriever=
                dtype=["auto", *cli.DTYPES])
 RUN_FLAGS = "seed fast compile dtype validate_every checkpoint_every".split()
 TASK_FLAGS = "task data".split()
-MAY_CHANGE = "steps checkpoint_every micro_batch fast".split()          # when a run resumes
+MAY_CHANGE = "steps checkpoint_every micro_batch fast data".split()     # when a run resumes
 LARGE = 10 ** 9
-RANGES = dict(                          # name: (least, most); an open end is at the float next to it
+RANGES = dict(                          # name: (least, most); 1e-30 stands for "above 0"
     batch_size=(1, 10 ** 6), batch_tokens=(1, LARGE), steps=(1, LARGE), warmup=(1, LARGE), seq_len=(1, LARGE),
     validate_every=(1, LARGE), checkpoint_every=(1, LARGE), lr=(1e-30, 100), grow_at=(1e-30, 1),
     seed=(0, 2 ** 63 - 1), start_len=(0, LARGE), micro_batch=(0, 10 ** 6), final_lr=(0, 1),
@@ -44,13 +44,17 @@ def setup(TrainConfig, presets, argv):
     args = make_parser(TrainConfig, presets, argv).parse_args(argv)
     device = cli.pick_device(args.device)
     ranks = Ranks(device)
-    require(not (args.resume and args.init_from), "--init_from must be left out with --resume")
+    for name in ("init_from", "preset"):
+        require(not (args.resume and getattr(args, name)), f"--{name} must be left out with --resume")
     saved = load_run(args.out, device) if args.resume else None
     first = load_checkpoint(args.init_from, device, RUN_PARTS)[1] if args.init_from else None
     preset = presets[args.preset or default_preset(device)]
     chosen = resumed(args, TrainConfig, saved) if saved else settings(args, TrainConfig, preset, first)
     check_ranges(chosen)
     corpus = load_corpus(chosen["data"])
+    is_meant = not saved or args.data or saved.get("contents", "") in ("", corpus.contents)
+    require(is_meant, f"--resume: {chosen['data']} holds other text than when the run in {args.out} began; "
+            "prepare it as it was, or give --data to say that this is meant")
     require(not saved or corpus.tokenizer == saved["tokenizer"],
             f"--resume: the run in {args.out} has tokens of {saved and saved['tokenizer']}, "
             f"got {corpus.tokenizer} in {chosen['data']}")
@@ -73,14 +77,21 @@ def setup(TrainConfig, presets, argv):
     return config, model, task, run, saved
 
 
-def make_model(config, model_config, device, weights):
-    """A DRT with random weights, or those of a checkpoint; with fast/'s pieces, if they are wanted."""
+def make_model(config, model_config, device, checkpoint):
+    """A DRT with random weights, or those of a checkpoint; with fast/'s pieces, if they are wanted.
+
+    ValueError if an edit of the plain files has not been made in its twin in fast/.
+    """
     torch.manual_seed(config.seed)
     model = DRT(model_config).to(device).train()
     if config.encoder_identity and model_config.n_group:
         model.encoder.begin_as_identity()
-    if weights:
-        model.load_state_dict(weights["model"])
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    if config.fast and device.type == "cuda":
+        fast.apply(model)
+        with cli.autocast(device, cli.pick_dtype(config.dtype, device)):
+            fast.check(model, torch.randint(model_config.vocab_size, (1, 2 ** 14), device=device))
     if config.fast:
         fast.apply(model, config.compile)
     return model
@@ -88,7 +99,7 @@ def make_model(config, model_config, device, weights):
 
 def what_trains(model, config):
     if not model.embedding.weight.is_cuda:
-        return "fast/ changes nothing on a CPU: the plain files train."
+        return "On a CPU, fast/ does not change training: the plain files train."
     active = fast.describe(model, config)
     return f"fast/ replaces pieces of the plain files: {active}." if active else "The plain files train."
 
@@ -125,7 +136,7 @@ def default_preset(device):
 
 # ---------------------------------------------------------------- layers
 
-def fields_of_a_run(TrainConfig):
+def default_settings(TrainConfig):
     configs = TrainConfig, NeedleConfig, SummaryConfig, DRTConfig
     return {f.name: f.default for config in configs for f in fields(config) if f.name != "vocab_size"}
 
@@ -135,7 +146,7 @@ def settings(args, TrainConfig, preset, first=None):
 
     first: the checkpoint of --init_from; the model's settings are its own.
     """
-    defaults, model = fields_of_a_run(TrainConfig), {}
+    defaults, model = default_settings(TrainConfig), {}
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     if first:
         require(not given.get("encoder_identity"), "--encoder_identity must be left out with --init_from")
@@ -146,7 +157,7 @@ def settings(args, TrainConfig, preset, first=None):
 
 def resumed(args, TrainConfig, saved):
     """All settings of a run that goes on: those that it had. ValueError for a flag that would change them."""
-    defaults = fields_of_a_run(TrainConfig)
+    defaults = default_settings(TrainConfig)
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     had = defaults | dict(encoder_rope=saved_config(saved["config"]).encoder_rope) | saved["settings"]
     for name, value in given.items():

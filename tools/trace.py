@@ -31,6 +31,7 @@ def flags(parser):
     text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
     parser.add_argument("--questions", type=int, default=1, help="with --needles: at least (%(default)s)")
     parser.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
+    parser.add_argument("--data", help="with --needles, the haystack; default: training's")
     parser.add_argument("--html", type=Path, help="write a page of all chunks to this file")
     cli.add_shared(parser, "ckpt seed device")
 
@@ -49,7 +50,7 @@ def run(args, device):
         check_size(model, args.needles, args.chunk)
         settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
         cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt, ["vocab_size"])
-        corpus = load_corpus(settings["data"])
+        corpus = load_corpus(args.data or settings["data"])
         require(corpus.tokenizer == saved["tokenizer"],
                 f"--ckpt: {args.ckpt} has tokens of {saved['tokenizer']}, its corpus has {corpus.tokenizer}")
         task = Needles(settings, corpus)
@@ -209,7 +210,7 @@ def needle_traces(model, task, length, n_question, seed):
     The question is the chunk that opens with its colon, for which the chunk before it has retrieved.
     """
     haystack = task.haystack
-    n, n_text = haystack.n_question(length, task.n_needle), haystack.n_text
+    n, n_text = haystack.questions_in(length, task.n_needle), haystack.n_text
     n_name, alphabet = haystack.n_name, haystack.alphabet
     decode = load_tokenizer(task.corpus.tokenizer).decode_bytes
     rng = np.random.default_rng([EVALUATION, seed, length])
