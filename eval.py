@@ -12,10 +12,13 @@ The tables are the tasks' (tasks/). Each command has its flags directly above wh
 """
 import codecs
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))          # also with PYTHONSAFEPATH
 
 import fast
 from fast import speed

@@ -14,9 +14,12 @@ with, as JSON. A run that was stopped goes on with --resume, exactly as if it ha
 import math
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))          # also with PYTHONSAFEPATH
 
 import eval as evaluation
 from tools import cli

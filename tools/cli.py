@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -96,8 +96,9 @@ def end(status, message, leave=sys.exit):
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = f"process {rank} of {size}: " if rank != "0" else ""
     line = f"error: {who}{message}".replace("\n", " ")
-    sys.stdout.flush()
-    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    say(line.encode(errors="backslashreplace").decode(), sys.stderr)
     leave(status)
 
 
@@ -299,10 +300,8 @@ def pick_dtype(name, device):
 
 def say(text, file=None):
     """Print a line. Where that fails (a closed pipe, a full disk), the work goes on and is saved."""
-    try:
+    with suppress(OSError, ValueError):
         print(text, file=file, flush=True)
-    except (OSError, ValueError):
-        pass                                            # at its end, program() says that it could not
 
 
 say_once = functools.lru_cache(say)

@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent.parent))   # also as `python tools/prepare.py`
+
 from fast.files import atomic_file
 from gca import Mistake, require
 from tasks.text import load_tokenizer, text_files
@@ -74,8 +76,17 @@ def prepare(splits, out, tokenizer, errors="strict", references=None, names=None
     references  {split: the contents of SPLIT.jsonl}: every second document is the summary of the one before
     names       {split: of its documents}
     """
-    kind = load_tokenizer(tokenizer)
+    kind, is_new = load_tokenizer(tokenizer), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        write_corpus(splits, out, tokenizer, kind, errors, references, names)
+    except BaseException:
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
+        raise
+
+
+def write_corpus(splits, out, tokenizer, kind, errors, references, names):
     meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
     hashes = {split: digest(data) for split, data in (references or {}).items()}
     meta |= {name: value for name, value in dict(references=hashes, names=names).items() if value}
@@ -217,9 +228,14 @@ def prepare_dataset(name, out, tokenizer):
     arguments, names, wanted = DATASETS[name]
 
     def rows(split):
-        for row in load_dataset(**arguments, split=split, streaming=True):
-            if wanted(row):
-                yield wanted(row)
+        try:
+            for row in load_dataset(**arguments, split=split, streaming=True):
+                if wanted(row):
+                    yield wanted(row)
+        except Exception as error:              # of the network, in many shapes
+            words = str(error).split("\n")[0] or type(error).__name__
+            raise Mistake(f"{name}: the data set could not be read from the Hugging Face hub ({words}); "
+                          "what is whole in --out is kept for the next try") from error
 
     if name in ("xsum", "cnn_dailymail"):
         complete = {split: [pair for pair in rows(theirs) if all(text.strip() for text in pair.values())]

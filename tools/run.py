@@ -155,8 +155,12 @@ class Run:
         self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
         self.table = csv.DictWriter(self.file, self.columns, lineterminator="\n")
         self.in_lines = not sys.stderr.isatty()         # in a log file: a line now and then, instead of a bar
-        self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
-                        file=open(os.devnull, "w") if self.in_lines else None)
+        options = dict(total=self.n_step, initial=step, unit="step")
+        try:
+            self.bar = tqdm(**options, disable=not self.first,
+                            file=open(os.devnull, "w") if self.in_lines else None)
+        except (OSError, ValueError):
+            self.bar = tqdm(**options, disable=True)
         self.since = self.last_line = time.perf_counter()
         return self
 

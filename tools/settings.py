@@ -44,8 +44,7 @@ def setup(TrainConfig, presets, argv):
     args = make_parser(TrainConfig, presets, argv).parse_args(argv)
     device = cli.pick_device(args.device)
     ranks = Ranks(device)
-    for name in ("init_from", "preset"):
-        require(not (args.resume and getattr(args, name)), f"--{name} must be left out with --resume")
+    require(not (args.resume and args.init_from), "--init_from must be left out with --resume")
     saved = load_run(args.out, device) if args.resume else None
     first = load_checkpoint(args.init_from, device, RUN_PARTS)[1] if args.init_from else None
     preset = presets[args.preset or default_preset(device)]
