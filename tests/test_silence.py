@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import eval as evaluation
 import fast
@@ -308,6 +309,10 @@ def test_progress_that_cannot_be_written_stops_no_run(is_terminal, tmp_path, no_
     monkeypatch.setattr(sys, "stderr", Full(is_terminal))
     assert len(trained(tmp_path, *TEXT_FLAGS, "--steps", 40)) == 40
     assert load_checkpoint(tmp_path / "ckpt.pt", DEVICE)[1]["step"] == 40
+    thread = threading.Thread(target=lambda: tqdm(disable=True), daemon=True)       # takes tqdm's lock
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
@@ -373,10 +378,10 @@ def test_training_in_a_thread_of_a_notebook(tmp_path, no_table, monkeypatch):
     """Streams that cannot be reconfigured, and no signals."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    thread = threading.Thread(target=trained, args=(tmp_path, *TEXT_FLAGS, "--steps", 3))
+    thread = threading.Thread(target=trained, args=(tmp_path, *TEXT_FLAGS, "--steps", 3), daemon=True)
     thread.start()
-    thread.join()
-    assert len(log_of(tmp_path)) == 3
+    thread.join(timeout=120)
+    assert not thread.is_alive() and len(log_of(tmp_path)) == 3
 
 
 def test_gca_py_alone_works_in_a_project_with_names_like_ours(tmp_path):

@@ -307,6 +307,27 @@ def say(text, file=None):
 say_once = functools.lru_cache(say)
 
 
+class BestEffort:
+    """A stream for a progress bar: what cannot be written is lost and stops nothing.
+
+    An error inside tqdm would leave its lock locked, and the next bar of another thread waiting for it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
 def autocast(device, dtype):
     """Compute in dtype; float32 is no autocast."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -155,12 +155,8 @@ class Run:
         self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
         self.table = csv.DictWriter(self.file, self.columns, lineterminator="\n")
         self.in_lines = not sys.stderr.isatty()         # in a log file: a line now and then, instead of a bar
-        options = dict(total=self.n_step, initial=step, unit="step")
-        try:
-            self.bar = tqdm(**options, disable=not self.first,
-                            file=open(os.devnull, "w") if self.in_lines else None)
-        except (OSError, ValueError):
-            self.bar = tqdm(**options, disable=True)
+        self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
+                        file=open(os.devnull, "w") if self.in_lines else cli.BestEffort(sys.stderr))
         self.since = self.last_line = time.perf_counter()
         return self
 
@@ -172,7 +168,7 @@ class Run:
 
     def __exit__(self, *_):
         self.catching.__exit__(None, None, None)
-        self.quietly(self.bar.close)
+        self.bar.close()
         self.file.close()
 
     def stopped(self):
@@ -187,7 +183,7 @@ class Run:
         Rows are written together, now and then; scores (None, or a dict) go with the last one.
         """
         self.rows.append(row | metrics)
-        self.quietly(self.bar.update)
+        self.bar.update()
         if scores or row["step"] % LOG_EVERY == 0:
             self.flush(scores or {})
 
@@ -221,18 +217,11 @@ class Run:
         news.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         if row["mfu"]:
             news.append(f"{row['mfu']:.0f}% MFU, {row['gpu_gib']:.0f} GiB")
-        self.quietly(self.bar.set_postfix_str, ", ".join(news), refresh=False)
+        self.bar.set_postfix_str(", ".join(news), refresh=False)
         now, is_last = time.perf_counter(), row["step"] == self.n_step
         if self.first and self.in_lines and (is_last or now >= self.last_line + LINE_EVERY):
             cli.say(self.bar, sys.stderr)
             self.last_line = now
-
-    def quietly(self, show, *arguments, **more):
-        """Progress that cannot be shown (a closed pipe, a full disk) stops no run."""
-        try:
-            show(*arguments, **more)
-        except (OSError, ValueError):
-            self.bar.disable = True
 
     def save(self, model, optimizer, **state):
         """A checkpoint, by the first process. Weights that are not finite never replace a good one."""
