@@ -29,7 +29,7 @@ from tasks.needles import KINDS, NeedleConfig, Needles
 from tasks.summaries import Summaries, SummaryConfig, rouge_scorer
 from tasks.text import N_SCORED, Text, load_corpus, load_tokenizer
 from tools import cli, plot, trace
-from tools.checkpoint import RUN_PARTS, load_checkpoint
+from tools.checkpoint import RUN_PARTS, check_corpus, load_checkpoint
 from tools.reader import Reader
 
 
@@ -59,8 +59,8 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
 # ---------------------------------------------------------------- needles
 
 def niah_flags(parser):
-    parser.add_argument("--lengths", type=cli.lengths, help="tokens of context, separated by commas; "
-                        "default: the training length times 1, 4, 16, .. 1024")
+    parser.add_argument("--lengths", type=cli.numbers, metavar="N,N,..", help="tokens of context; default: "
+                        "the training length times 1, 4, 16, .. 1024")
     parser.add_argument("--questions", type=int, help="questions at each length; default: "
                         "240, and fewer, at least 32, in long contexts")
     parser.add_argument("--needle", choices=KINDS, help="another kind than in training")
@@ -90,19 +90,11 @@ def run_niah(args, device):
     return settings | task.measured_on(), rows
 
 
-def check_corpus(corpus, saved, path, given):
-    found, wanted = (corpus.tokenizer, corpus.vocab_size), (saved["tokenizer"], saved["config"]["vocab_size"])
-    require(found == wanted, f"--data must have {path}'s tokenizer {wanted[0]} and vocabulary {wanted[1]}, "
-            f"got {found[0]} and {found[1]} in {corpus.name}")
-    require(given or saved.get("contents", "") in ("", corpus.contents), f"{corpus.name} holds other text "
-            f"than when {path} was trained: prepare it as it was, or give --data to say that this is meant")
-
-
 # ---------------------------------------------------------------- perplexity
 
 def ppl_flags(parser):
-    parser.add_argument("--lengths", type=cli.lengths, help="tokens of context, separated by commas; "
-                        "default: 64, 256, .. 65536")
+    parser.add_argument("--lengths", type=cli.numbers, metavar="N,N,..", help="tokens of context; default: "
+                        "64, 256, .. 65536")
     parser.add_argument("--places", type=int,
                         help=f"at each, {N_SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
     parser.add_argument("--retriever", choices=RETRIEVERS,

@@ -4,7 +4,6 @@ Tokens are random: what they say makes no difference.
 """
 import time
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +22,13 @@ FULL_ATTENTION_LIMIT = 2 ** 18              # its reading time grows with the sq
 
 
 def flags(parser):
-    parser.add_argument("--lengths", type=cli.lengths, default=[2 ** i for i in (12, 14, 16, 18, 20)],
-                        help="tokens of context, separated by commas (4096 to 1048576)")
+    parser.add_argument("--lengths", type=cli.numbers, metavar="N,N,..",
+                        default=[2 ** i for i in (12, 14, 16, 18, 20)],
+                        help="tokens of context (4096 to 1048576)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens to generate (%(default)s)")
     parser.add_argument("--compare", action="store_true", help="also a base LM and a full-attention model, "
                         "with two layers more")
-    parser.add_argument("--ckpt", type=Path, help="checkpoint; default: random weights")
+    parser.add_argument("--ckpt", type=cli.checkpoint, help="checkpoint; default: random weights")
     cli.add_shared(parser, "offload dtype json seed device")
     cli.add_fields(parser.add_argument_group("model"), DRTConfig)
 

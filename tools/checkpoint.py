@@ -36,7 +36,7 @@ def load_checkpoint(path, device, parts=PARTS):
 
     parts: {name: type} that it must hold. ValueError if it is not one of ours.
     """
-    require(Path(path).is_file(), f"no checkpoint at {path}: train one with python train.py")
+    require(Path(path).is_file(), f"no checkpoint at {path}; train.py writes ckpt.pt to its --out")
     state = load_saved(path, "a checkpoint of train.py", parts)
     weights = {name.replace("_orig_mod.", ""): x for name, x in state["model"].items()}     # of torch.compile
     try:
@@ -95,6 +95,15 @@ def check_first(state, path, config, tokenizer):
         for name, value in asdict(config).items():
             before, is_free = first[name], name in ("gumbel", "retriever", "top_k")
             require(is_free or value == before, f"--init_from: {path} has --{name} {before}, got {value}")
+
+
+def check_corpus(corpus, saved, path, given):
+    """ValueError for a corpus that a checkpoint cannot read or, unless given, has not been trained on."""
+    found, wanted = (corpus.tokenizer, corpus.vocab_size), (saved["tokenizer"], saved["config"]["vocab_size"])
+    require(found == wanted, f"--data must have {path}'s tokenizer {wanted[0]} and vocabulary {wanted[1]}, "
+            f"got {found[0]} and {found[1]} in {corpus.name}")
+    require(given or saved.get("contents", "") in ("", corpus.contents), f"{corpus.name} holds other text "
+            f"than when {path} was trained: prepare it as it was, or give --data to say that this is meant")
 
 
 def check_space(out, n_parameter):

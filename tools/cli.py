@@ -165,8 +165,9 @@ def add_fields(parser, config, names=None, choices=None, defaults=None, leave_ou
             continue
         kind = boolean if type(field.default) is bool else type(field.default)
         default = (defaults or {}).get(field.name, field.default)
-        parser.add_argument(f"--{field.name}", type=kind, choices=(choices or {}).get(field.name),
-                            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
+        help = f"{comments[field.name]} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=kind, metavar="{true,false}" if kind is boolean else None,
+                            choices=(choices or {}).get(field.name), help=help)
 
 
 def add_command(commands, name, description):
@@ -190,7 +191,7 @@ def boolean(text):
     return text.lower() == "true"
 
 
-def lengths(text):
+def numbers(text):
     """Numbers separated by commas, as a flag's type."""
     values = [int(x.replace("_", "")) for x in text.split(",")]
     if not 1 <= min(values) <= max(values) <= 10 ** 10:
@@ -198,13 +199,18 @@ def lengths(text):
     return values
 
 
+def checkpoint(text):
+    """The path of a checkpoint, or of the folder of its run, as a flag's type."""
+    return Path(text, "ckpt.pt") if Path(text).is_dir() else Path(text)
+
+
 SHARED = dict(
-    ckpt=dict(type=Path, default=Path("out/ckpt.pt"), help="default: out/ckpt.pt"),
-    ckpts=dict(type=Path, nargs="+", default=[Path("out/ckpt.pt")],
+    ckpt=dict(type=checkpoint, default=Path("out/ckpt.pt"), help="default: out/ckpt.pt"),
+    ckpts=dict(type=checkpoint, nargs="+", default=[Path("out/ckpt.pt")],
                help="checkpoints, side by side; default: out/ckpt.pt"),
     data=dict(help="a corpus of the same tokenizer; default: training's"),
     split=dict(choices=["val", "test"], help="default: test, if there is one"),
-    fast=dict(type=boolean, default=True,
+    fast=dict(type=boolean, default=True, metavar="{true,false}",
               help="read in segments, with faster pieces (fast/); false: by the plain files"),
     offload=dict(action="store_true", help="keep chunks in CPU memory"),
     dtype=dict(default="auto", choices=["auto", "float32", "bfloat16", "float16"],
@@ -351,13 +357,14 @@ def visible(text):                      # one line, and nothing that a terminal 
 
 
 def print_table(rows):
-    """Rows are dicts with the same keys; the keys are the header."""
+    """Rows are dicts with the same keys; the keys are the header. GPU memory only where there is a GPU."""
     def text(x):
         if isinstance(x, str):
             return x
         return f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if x >= 1000 else f"{x:.2f}"
 
-    table = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
+    names = [name for name in rows[0] if name != "peak_gpu_gib" or any(row[name] for row in rows)]
+    table = [names] + [[text(row[name]) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         say("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))

@@ -58,7 +58,9 @@ def draw(reports, path):
     kind = next(iter(kinds.values()))
     for report in tables:
         require(kinds[report] == kind, f"{report} must be of the same command as {reports[0]}")
-    keys = [kind] if kind in ("token_accuracy", "perplexity") else [*PANELS][2:]
+    is_speed = kind not in ("token_accuracy", "perplexity")
+    keys = [kind] if not is_speed else [
+        key for key in [*PANELS][2:] if any(row[key] for rows in tables.values() for row in rows)]
     figure, axes = plt.subplots(1, len(keys), figsize=(8, 3.6) if len(keys) == 1 else (11, 3.4),
                                 layout="constrained", squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
@@ -78,6 +80,7 @@ def draw(reports, path):
 
 def save(figure, path):
     try:
+        path = path if path.suffix else path.with_suffix(".png")
         figure.savefig(path, dpi=150)
     except ValueError as error:                             # of the name's ending
         raise Mistake(f"--out: {path}: {error}") from None

@@ -36,9 +36,9 @@ class Reader:
     def prepare(self, model):
         """Swap the model's pieces for fast/'s, if they are to be used; returns what reads, in words."""
         if not self.use_fast:
-            return f"The plain files read, all at once, at most {PLAIN_CHUNKS:,} chunks without --lengths."
+            return f"Read by the plain files, each context whole (by default, at most {PLAIN_CHUNKS:,} chunks)."
         active = fast.describe(fast.apply(model))
-        return f"fast/ reads in segments{active and f', with {active}'}."
+        return f"Read by fast/, in segments{active and f', with {active}'}."
 
     def contexts_at_once(self, model, length):
         return max(1, segment_length(model, 1) // length)

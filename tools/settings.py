@@ -98,9 +98,9 @@ def make_model(config, model_config, device, checkpoint):
 
 def what_trains(model, config):
     if not model.embedding.weight.is_cuda:
-        return "On a CPU, fast/ does not change training: the plain files train."
+        return "Trained by the plain files: fast/ speeds up training on GPUs only."
     active = fast.describe(model, config)
-    return f"fast/ replaces pieces of the plain files: {active}." if active else "The plain files train."
+    return f"Trained with pieces of fast/: {active}." if active else "Trained by the plain files."
 
 
 # ---------------------------------------------------------------- flags
@@ -120,7 +120,7 @@ def make_parser(TrainConfig, presets, argv=()):
     run.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
     run.add_argument("--out", type=Path, default=Path("out"), help="folder to write to; default: out")
     run.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
-    run.add_argument("--init_from", type=Path, help="begin with the model of this checkpoint")
+    run.add_argument("--init_from", type=cli.checkpoint, help="begin with the model of this checkpoint")
     others = [f.name for f in fields(TrainConfig) if f.name not in RUN_FLAGS + TASK_FLAGS]
     for group, config, flags in (
             (run, TrainConfig, RUN_FLAGS), (task, TrainConfig, TASK_FLAGS), (task, NeedleConfig, None),

@@ -19,7 +19,7 @@ from model import DRTConfig, WholeText, retrieve
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import EVALUATION, load_corpus, load_tokenizer
 from tools import cli
-from tools.checkpoint import RUN_PARTS, load_checkpoint
+from tools.checkpoint import RUN_PARTS, check_corpus, load_checkpoint
 
 MOST = 2 ** 13              # chunks: scores of all pairs of them are held at once
 LEVELS = 4                  # shades, in each direction, of what retrieval did to a token's loss
@@ -29,7 +29,7 @@ NATS = 2.0                  # the loss difference that the last shade stands for
 def flags(parser):
     text = cli.add_text(parser)
     text.add_argument("--needles", type=int, help="a text of so many tokens with needles and questions")
-    parser.add_argument("--questions", type=int, default=1, help="with --needles: at least (%(default)s)")
+    parser.add_argument("--questions", type=int, help="with --needles: at least so many (1)")
     parser.add_argument("--chunk", type=int, help="its number; default: the last, or the last question")
     parser.add_argument("--data", help="with --needles, the haystack; default: training's")
     parser.add_argument("--html", type=Path, help="write a page of all chunks to this file")
@@ -38,6 +38,8 @@ def flags(parser):
 
 def run(args, device):
     """Show what a chunk of a text retrieved, and write the page; returns the run's settings."""
+    for name in ("questions", "data"):
+        require(args.needles or getattr(args, name) is None, f"--{name} must be left out without --needles")
     text = cli.given_text(args) if args.needles is None else None
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
     if text is not None:
@@ -51,11 +53,10 @@ def run(args, device):
         settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
         cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt, ["vocab_size"])
         corpus = load_corpus(args.data or settings["data"])
-        require(corpus.tokenizer == saved["tokenizer"],
-                f"--ckpt: {args.ckpt} has tokens of {saved['tokenizer']}, its corpus has {corpus.tokenizer}")
+        check_corpus(corpus, saved, args.ckpt, args.data)
         task = Needles(settings, corpus)
         task.check(args.needles, "--needles")
-        traces = [*needle_traces(model, task, args.needles, args.questions, args.seed)]
+        traces = [*needle_traces(model, task, args.needles, args.questions or 1, args.seed)]
         trace, pairs = traces[0]
         title, chunk = f"{args.needles:,} tokens with needles", pairs[-1][0]
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
