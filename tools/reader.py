@@ -36,7 +36,7 @@ class Reader:
     def prepare(self, model):
         """Swap the model's pieces for fast/'s, if they are to be used; returns what reads, in words."""
         if not self.use_fast:
-            return f"Read by the plain files, each context whole (by default, at most {PLAIN_CHUNKS:,} chunks)."
+            return f"Read by the plain files, whole contexts (by default at most {PLAIN_CHUNKS:,} chunks)."
         active = fast.describe(fast.apply(model))
         return f"Read by fast/, in segments{active and f', with {active}'}."
 
