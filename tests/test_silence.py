@@ -451,12 +451,19 @@ def test_a_library_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     assert len(text.stdlib_corpus().train) > 100
 
 
-def test_measuring_leaves_no_lock_in_the_checkout(monkeypatch):
-    """`git describe` refreshes the index, unless it is told not to; killed, it would leave its lock there."""
-    lines = []
-    done = types.SimpleNamespace(stdout="x")
-    monkeypatch.setattr(subprocess, "run", lambda line, **_: lines.append(line) or done)
-    assert cli.commit() == "x" and "--no-optional-locks" in lines[0]
+def test_measuring_does_not_write_into_the_checkout(tmp_path, monkeypatch):
+    """git refreshes its index unless it is told not to, and leaves a lock there if it is killed meanwhile."""
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    (tmp_path / "cli.py").write_text("one")
+    git = "git", "-c", "user.name=n", "-c", "user.email=e", "-C", tmp_path
+    for line in (["init", "-q"], ["add", "cli.py"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *line], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout[:12]
+    os.utime(tmp_path / "cli.py", (0, 0))                           # as new to the index, but not changed
+    index = (tmp_path / ".git" / "index").read_bytes()
+    assert cli.commit() == head and (tmp_path / ".git" / "index").read_bytes() == index
+    (tmp_path / "cli.py").write_text("two")
+    assert cli.commit() == f"{head}+"
 
 
 # ---------------------------------------------------------------- random programs

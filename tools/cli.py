@@ -391,9 +391,10 @@ def save_report(path, settings, device, rows):
 
 def commit():
     """The commit of this checkout, with a + if files have changed since; None outside of a checkout."""
-    line = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
+    line = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:                        # without locks: killed, git would leave one in the checkout
         done = subprocess.run(line, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        head, *others = done.stdout.splitlines()                        # "# branch.oid ..", and changed files
+        return head.split()[2][:12] + "+" * any(not line.startswith("#") for line in others)
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None
