@@ -172,9 +172,8 @@ def run_sample(args, device):
     sampling = args.temperature, args.sample_top_k, args.sample_top_p
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     with cli.autocast(device, cli.pick_dtype(args.dtype, device)):
-        new_tokens = fast.generate(model, tokens, args.tokens, *sampling, offload=args.offload)
-        fast.check(model, tokens)                       # before the first new token is made
-        for token in new_tokens:
+        fast.check(model)
+        for token in fast.generate(model, tokens, args.tokens, *sampling, offload=args.offload):
             print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
     return saved["settings"], None

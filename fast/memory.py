@@ -265,8 +265,7 @@ class Memory:
         """ValueError if the model cannot read these tokens into this memory."""
         device, wanted = model.embedding.weight.device, self.length + tokens.shape[1]
         require(self.model is model, "memory must be this model's own; it was made for another model")
-        require(self.weights == state_of(model), "memory must be of the model's weights as they are: they "
-                "have changed since it was begun; read the text again")
+        self.check_weights()
         require(tokens.numel(), "tokens must be at least one for each sequence, got none")
         require(self.device == device, f"memory must be on the model's device {device}, got {self.device}")
         require(len(tokens) == self.batch_size,
@@ -274,6 +273,10 @@ class Memory:
         require(not self.capacity or wanted <= self.capacity,
                 f"tokens must fit the memory's capacity of {self.capacity}: it holds {self.length}, "
                 f"and {tokens.shape[1]} more were to be read")
+
+    def check_weights(self):
+        require(self.weights == state_of(self.model), "memory must be of the model's weights and settings as "
+                "they are: they have changed since it was begun; read the text again")
 
     def fork(self):
         """A memory that goes its own way from here. The chunks read so far are shared, not copied.
@@ -330,6 +333,7 @@ class Memory:
 
     def save(self, path):
         """Write everything to a file, atomically. Memory.load reads it, for the same model, on any device."""
+        self.check_weights()
         if self.device.type == "cuda":
             torch.cuda.synchronize()                            # chunks may still be on their way
         chunks = [torch.cat([x.cpu() for x in parts], dim=1)
@@ -392,13 +396,14 @@ def holds_its_length(state, config):
 
 
 def state_of(model):
-    """What differs as soon as weights have changed, were replaced or moved, at next to no cost.
+    """What differs as soon as weights or settings have changed, were replaced or moved, at next to no cost.
 
-    torch counts a tensor's changes, but not those by a fused optimizer: hence one weight itself.
+    torch counts a tensor's changes, but not those by a fused optimizer: hence one number of each.
     """
-    weights = [*model.parameters()]
-    versions = [0 if p.is_inference() else p._version for p in weights]
-    return sum(versions), hash(tuple(p.data_ptr() for p in weights)), model.norm.weight[0].item()
+    tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
+    versions = [0 if x.is_inference() else x._version for x in tensors]
+    first = torch.stack([x[(0,) * x.dim()] for x in tensors]).tolist()
+    return sum(versions), [x.data_ptr() for x in tensors], first, asdict(model.config)
 
 
 def fingerprint(model):

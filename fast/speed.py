@@ -44,6 +44,7 @@ def run(args, device):
     dtype = cli.pick_dtype(args.dtype, device)
     print(f"{cli.hardware(device)}; {weights}, {str(dtype)[6:]}; batch 1")
     model = fast.apply(model.to(dtype))
+    fast.check(model)
     rows = [*speed(model, args.lengths, args.tokens, args.offload, args.compare, args.seed)]
     cli.print_table(rows)
     return dict(vars(model.config), weights=weights), rows

@@ -96,9 +96,11 @@ class Piece:
         """For layer i: attention that continues from the window in the memory, and leaves one there."""
         memory, width, slopes = self.memory, self.model.config.window, self.model.slopes
         window_attention = self.model.window_attention
+        pasts = [memory.window[i]]                                      # (k, v) of the last W positions
 
         def attend(q, k, v):
-            past = memory.window[i]                                     # (k, v) of the last W positions
+            require(pasts, "a layer must attend once: fast/ keeps one window for each")
+            past = pasts.pop()
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
             memory.window[i] = copy_of(k[:, :, -width:]), copy_of(v[:, :, -width:])

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluation
 import fast
 import fast.stream
 import fast.window
 import model as model_module
-from helpers import DEVICE, random_tokens, tiny
+from helpers import DEVICE, random_tokens, refused, tiny
 from model import DRT, Block, ChunkEncoder, CrossAttention, SelfAttention
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import Corpus, Text
@@ -108,7 +109,7 @@ TWINS = {                       # of the same: what has a twin in fast/, and is 
 @pytest.mark.parametrize("twin", TWINS)
 def test_twins_that_differ_are_refused_before_anything_is_measured(twin, monkeypatch):
     model, tokens = tiny(), random_tokens(1, 300)
-    fast.check(model, tokens)
+    fast.check(model)
     holder, name, change = TWINS[twin]
     monkeypatch.setattr(holder, name, change(getattr(holder, name)))
     at = torch.zeros(1, 300, dtype=torch.bool, device=DEVICE)
@@ -120,9 +121,33 @@ def test_twins_that_differ_are_refused_before_anything_is_measured(twin, monkeyp
 @pytest.mark.parametrize("config", [
     dict(), dict(n_group=0), dict(retriever="random"), dict(retriever="last", window=70), dict(top_k=40),
     dict(n_layer=4, n_group=2, n_kv_head=1, recency=True), dict(window=1), dict(chunk_size=64, window=5)])
-@pytest.mark.parametrize("n", [1, 9, 400])
-def test_twins_that_agree_pass(config, n):
-    fast.check(tiny(**config), random_tokens(2, n))
+def test_twins_that_agree_pass(config):
+    fast.check(tiny(**config))
+
+
+class Shifted(model_module.Block):
+    """Each token sees the one before it, outside of attention: pieces do not know of that."""
+
+    def forward(self, x, attend, read=None):
+        return super().forward(x + F.pad(x, (0, 0, 1, 0))[:, :-1], attend, read)
+
+
+class Twice(model_module.Block):
+    def forward(self, x, attend, read=None):
+        return super().forward(x + self.attention(self.norm1(x), attend), attend, read)
+
+
+@pytest.mark.parametrize("block", [Shifted, Twice])
+def test_what_fast_cannot_follow_is_refused_wherever_it_is_used(block, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(model_module, "Block", block)
+    model, path, words = tiny(), tmp_path / "ckpt.pt", "fast/ reads other than the plain files"
+    save_checkpoint(path, model, tokenizer="bytes", settings={}, step=1, length=64, optimizer={})
+    with pytest.raises(ValueError, match=words):
+        Reader(DEVICE)(model, random_tokens(1, 30), torch.ones(1, 30, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match=words):
+        Reader(DEVICE).generate(model, [[5, 6]], 3, 0)
+    for line in (["speed", "--lengths", 64], ["sample", "--prompt", "a", "--ckpt", path]):
+        assert words in refused(capsys, evaluation.main, *line, "--device", DEVICE.type)
 
 
 def test_checkpoints_from_before_rotary_positions_give_the_logits_that_they_gave(tmp_path):

@@ -124,10 +124,17 @@ def train_a_step(model):
     torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
 
 
+def train_what_is_not_frozen(model):
+    """By a fused optimizer, whose changes torch does not count."""
+    model.norm.requires_grad_(False)
+    train_a_step(model)
+
+
 @pytest.mark.parametrize("change", [
-    train_a_step, lambda model: model.load_state_dict(tiny(seed=1).state_dict()),
+    train_a_step, train_what_is_not_frozen, lambda model: setattr(model.config, "softmax_one", False),
+    lambda model: model.slopes.mul_(2), lambda model: model.load_state_dict(tiny(seed=1).state_dict()),
     lambda model: setattr(model.norm, "weight", torch.nn.Parameter(model.norm.weight * 2))])
-def test_weights_that_change_under_a_memory_are_refused(change):
+def test_weights_that_change_under_a_memory_are_refused(change, tmp_path):
     model, tokens = tiny(), random_tokens(1, 50)
     memory = Memory(model)
     fast.read(model, tokens, memory)
@@ -136,6 +143,8 @@ def test_weights_that_change_under_a_memory_are_refused(change):
         fast.read(model, tokens, memory)
     with pytest.raises(ValueError, match="have changed since it was begun"):
         fast.generate(model, tokens, 5, memory=memory)
+    with pytest.raises(ValueError, match="have changed since it was begun"):
+        memory.save(tmp_path / "memory")
     assert memory.length == 50
     torch.testing.assert_close(fast.read(model, tokens, Memory(model)), model(tokens)[0], **CLOSE)
 
@@ -325,6 +334,29 @@ def test_rows_that_cannot_be_shown_are_saved(where, text_run, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_stdout_is_one_error_after_the_work(unbuffered, needle_run, tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("some text")
+    ckpt = needle_run[0] / "ckpt.pt"
+    lines = [f"eval.py niah --ckpt {ckpt} --lengths 128 --questions 1 --device cpu",
+             f"eval.py inspect --ckpt {ckpt} --prompt 'a text' --html {tmp_path}/page.html --device cpu",
+             f"-m tools.prepare text {tmp_path} --out {tmp_path}/corpus --tokenizer bytes"]
+    for line in lines:
+        done = subprocess.run(["bash", "-c", f"{sys.executable} {line} > /dev/full"], cwd=ROOT, text=True,
+                              env=dict(os.environ, PYTHONUNBUFFERED=unbuffered), stderr=subprocess.PIPE)
+        assert done.returncode == 2 and "Exception ignored" not in done.stderr, line
+        assert done.stderr.endswith("error: No space left on device\n"), line
+    assert (tmp_path / "page.html").exists() and (tmp_path / "corpus" / "val.bin").exists()
+
+
+def test_a_link_to_itself_and_an_empty_name(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out in (tmp_path / "loop", ""):
+        assert "--out" in refused(capsys, train.main, *TEXT_FLAGS, "--out", out)
+
+
 def test_a_log_that_was_cut_in_a_row_is_said_and_mended(text_run, tmp_path, no_table, capsys):
     shutil.copy(text_run / "ckpt.pt", tmp_path)
     lines = (text_run / "log.csv").read_text().splitlines(keepends=True)
@@ -493,7 +525,7 @@ def test_random_programs_of_a_memory(part, tmp_path):
         memory, text = Memory(model), random_tokens(1, 0)
         for what, n in program:
             if what == "weights":
-                model.norm.weight.mul_(1.01)
+                model.norm.weight.neg_()
                 if text.shape[1]:
                     with pytest.raises(ValueError, match="have changed"):
                         fast.read(model, random_tokens(1, n), memory)

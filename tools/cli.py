@@ -44,6 +44,7 @@ def program(main):
     """
     @functools.wraps(main)
     def run(argv=None):
+        UNSAID.clear()
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:              # closed by whoever started the program
                 setattr(sys, name, open(os.devnull, "w"))
@@ -53,6 +54,8 @@ def program(main):
             try:
                 result = main(argv)
                 sys.stdout.flush()
+                for error in UNSAID:
+                    raise error
                 return result
             except KeyboardInterrupt:
                 end(130, "interrupted", os._exit)       # at once: no waiting for threads and workers
@@ -96,8 +99,10 @@ def end(status, message, leave=sys.exit):
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = f"process {rank} of {size}: " if rank != "0" else ""
     line = f"error: {who}{message}".replace("\n", " ")
-    with suppress(OSError, ValueError):
+    try:
         sys.stdout.flush()
+    except (OSError, ValueError):                       # or Python would complain once more, as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     say(line.encode(errors="backslashreplace").decode(), sys.stderr)
     leave(status)
 
@@ -189,6 +194,13 @@ def boolean(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
     return text.lower() == "true"
+
+
+def folder(text):
+    """A folder to write to, as a flag's type; not the current one, as a shell's empty variable is."""
+    if Path(text).absolute() == Path.cwd():
+        raise argparse.ArgumentTypeError(f"must be another folder than the current folder, got {text!r}")
+    return Path(text)
 
 
 def numbers(text):
@@ -304,10 +316,15 @@ def pick_dtype(name, device):
     return torch.float16
 
 
+UNSAID = []                 # errors of stdout, raised when the work is done
+
+
 def say(text, file=None):
     """Print a line. Where that fails (a closed pipe, a full disk), the work goes on and is saved."""
-    with suppress(OSError, ValueError):
+    try:
         print(text, file=file, flush=True)
+    except (OSError, ValueError) as error:
+        UNSAID.extend([error] * (file is None and not UNSAID))
 
 
 say_once = functools.lru_cache(say)

@@ -39,7 +39,7 @@ def split_documents(folder):
     """{split: paths} of a folder's .txt files: its own train, val and test, or one in twenty for val."""
     files, others = text_files(folder, ".txt")
     if others:
-        print(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
+        cli.say(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
               f"{', ..' if len(others) > 1 else ''}")
     splits = {name: [path for path in files if path.relative_to(folder).parts[0] == name]
               for name in ("train", "val", "test")}
@@ -104,7 +104,7 @@ def write_corpus(splits, out, tokenizer, kind, errors, references, names):
         with atomic_file(out / "meta.json") as file:
             file.write((json.dumps(meta, indent=1) + "\n").encode())
         number = f"{done['documents'] // 2:,} pairs" if references else f"{done['documents']:,} documents"
-        print(f"{split}: {number}, {done['tokens']:,} tokens, {done['skipped']:,} skipped (not UTF-8 text)")
+        cli.say(f"{split}: {number}, {done['tokens']:,} tokens, {done['skipped']:,} skipped (not UTF-8 text)")
 
 
 def digest(data):
@@ -175,7 +175,7 @@ def prepare_packages(out, tokenizer, most):
     work = {}
     for split, texts in splits.items():
         sizes = ", ".join(f"{name} {len(text) / 1e6:.1f}" for name, text in texts.items())
-        print(f"{split}: {sizes} million characters; {copies[split]} files left out as copies")
+        cli.say(f"{split}: {sizes} million characters; {copies[split]} files left out as copies")
         identity = [(name, digest(text.encode())) for name, text in texts.items()]
         work[split] = texts.values(), len(texts), identity
     prepare(work, out, tokenizer, names={split: list(texts) for split, texts in splits.items()})
@@ -197,7 +197,7 @@ def prepare_pairs(splits, out, tokenizer):
     prepare(work, out, tokenizer, references=references)
     encode = load_tokenizer(tokenizer).encode
     longest = max((pair["summary"] for rows in splits.values() for pair in rows), key=len)
-    print(f"the longest summary has {len(encode(longest))} tokens (train.py --n_summary)")
+    cli.say(f"the longest summary has {len(encode(longest))} tokens (train.py --n_summary)")
 
 
 # The paper's data sets (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
@@ -252,25 +252,27 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
     text = cli.add_command(commands, "text", "Tokenize a folder of .txt files, one document a file.")
     text.add_argument("folder", type=Path, help="holds the files, or folders train, val and test that do")
-    text.add_argument("--out", type=Path, required=True, help="folder to write train.bin and val.bin to")
+    text.add_argument("--out", type=cli.folder, required=True, help="for train.bin and val.bin")
     text.add_argument("--errors", choices=["strict", "replace"], default="strict",
                       help="what is not UTF-8: skip the document, or replace the characters (%(default)s)")
     installed = cli.add_command(commands, "packages", "The source of the installed Python packages and "
                                     "of the standard library, a document a package, four spaces as a tab.")
-    installed.add_argument("--out", type=Path, default=Path("data/code"), help="default: %(default)s")
+    installed.add_argument("--out", type=cli.folder, default=Path("data/code"), help="default: %(default)s")
     docstrings = cli.add_command(commands, "docstrings", "Functions and modules of the installed "
                                      "packages without their docstring, and its first line.")
-    docstrings.add_argument("--out", type=Path, default=Path("data/docstrings"), help="default: %(default)s")
+    docstrings.add_argument("--out", type=cli.folder, default=Path("data/docstrings"),
+                            help="default: %(default)s")
     for command in (installed, docstrings):
         command.add_argument("--most", type=int, default=400, help="millions of characters to train on "
                              "(default: %(default)s)")
     jsonl = cli.add_command(commands, "summaries", 'JSONL, a line {"document": .., "summary": ..}; '
                                 'also "references" in test lines: all that are accepted.')
     jsonl.add_argument("path", type=Path, help="a file, or a folder: train.jsonl, val.jsonl (and test.jsonl)")
-    jsonl.add_argument("--out", type=Path, required=True, help="folder to write to")
+    jsonl.add_argument("--out", type=cli.folder, required=True, help="folder to write to")
     for name in DATASETS:
         download = cli.add_command(commands, name, f"Download {name} (needs the package datasets).")
-        download.add_argument("--out", type=Path, default=Path("data") / name, help="default: %(default)s")
+        download.add_argument("--out", type=cli.folder, default=Path("data") / name,
+                              help="default: %(default)s")
     for command in commands.choices.values():
         command.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2",
                              help="default: %(default)s")

@@ -47,9 +47,7 @@ class Reader:
     def __call__(self, model, tokens, at):
         """Logits at the marked positions: tokens, at (B, n) -> (number, vocab_size)."""
         with cli.autocast(self.device, self.dtype):
-            if self.use_fast and model not in self.checked:
-                fast.check(model, tokens)
-                self.checked.add(model)
+            self.check(model)
             if self.use_fast and self.device.type == "cuda" and (model, tokens.shape) not in self.warm:
                 warm_up(model, tokens)                              # compile before the clock runs
                 self.warm.add((model, tokens.shape))
@@ -64,6 +62,11 @@ class Reader:
         self.tokens += tokens.numel()
         return logits
 
+    def check(self, model):
+        """ValueError if fast/ does other than the plain files; once for each model."""
+        if self.use_fast and model not in self.checked:
+            fast.check(model)
+            self.checked.add(model)
 
     def generate(self, model, prompts, n, stop):
         """What follows each prompt, greedily: lists of at most n tokens, which end before `stop`.
@@ -79,6 +82,7 @@ class Reader:
         for group in groups:
             texts = [prompts[i] for i in group]
             with cli.autocast(self.device, self.dtype):
+                self.check(model)
                 new = [*fast.generate(model, texts, n, temperature=0, stop=[stop])]
             for i, tokens in zip(group, torch.stack(new).T.tolist(), strict=True):     # (B, n)
                 made[i] = [token for token in tokens if token not in (stop, -1)]

@@ -44,6 +44,10 @@ def prepare_folder(out, resume):
 
     Returns what holds the lock. ValueError if another process writes there.
     """
+    try:
+        out.resolve()
+    except RuntimeError as error:                       # before Python 3.13
+        raise Mistake(f"--out: {out} is a link that leads to itself") from error
     require(not out.exists() or out.is_dir(), f"--out: {out} must be a folder, it is a file")
     if out.is_dir() and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.csv")):
         folder, around_us = out.resolve(), [Path.cwd(), *Path.cwd().parents]            # where a link leads

@@ -90,7 +90,7 @@ def make_model(config, model_config, device, checkpoint):
     if config.fast and device.type == "cuda":
         fast.apply(model)
         with cli.autocast(device, cli.pick_dtype(config.dtype, device)):
-            fast.check(model, torch.randint(model_config.vocab_size, (1, 2 ** 14), device=device))
+            fast.check(model)
     if config.fast:
         fast.apply(model, config.compile)
     return model
@@ -118,7 +118,7 @@ def make_parser(TrainConfig, presets, argv=()):
         parser.add_argument_group, ("run", "data and task", "optimization", "model"))
     run.add_argument("--preset", choices=presets, help="settings of a known run; default: cpu or gpu")
     run.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU")
-    run.add_argument("--out", type=Path, default=Path("out"), help="folder to write to; default: out")
+    run.add_argument("--out", type=cli.folder, default=Path("out"), help="folder to write to; default: out")
     run.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
     run.add_argument("--init_from", type=cli.checkpoint, help="begin with the model of this checkpoint")
     others = [f.name for f in fields(TrainConfig) if f.name not in RUN_FLAGS + TASK_FLAGS]

@@ -60,12 +60,13 @@ def run(args, device):
         trace, pairs = traces[0]
         title, chunk = f"{args.needles:,} tokens with needles", pairs[-1][0]
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
-        print(f"{hits} of {n} questions retrieved their needle's chunk before all others")
+        cli.say(f"{hits} of {n} questions retrieved their needle's chunk before all others")
     chunk = chunk if args.chunk is None else args.chunk
+    if args.html:
+        trace.page(args.html, title, chunk)
     trace.show(chunk)
     trace.show_landmarks(chunks_in_window(model))
     if args.html:
-        trace.page(args.html, title, chunk)
         print(f"{args.html} is written.")
     return saved["settings"], None
 
