@@ -1,7 +1,7 @@
 """Measure a trained DRT: one command, a table, and with --json a report.
 
     python eval.py niah --ckpt out/ckpt.pt --lengths 128,131072     needle accuracy by context length
-    python eval.py ppl --ckpt drt/ckpt.pt base/ckpt.pt              perplexity by context length
+    python eval.py ppl --ckpt drt/ckpt.pt base/ckpt.pt              perplexity by length, --by document
     python eval.py summarize --ckpt drt/ckpt.pt base/ckpt.pt        summaries of documents, and their ROUGE
     python eval.py sample --prompt 'import os' --tokens 200         continue a text
     python eval.py inspect --file gca.py --html page.html           what is retrieved, (tools/trace.py)
@@ -11,6 +11,7 @@
 The tables are the tasks' (tasks/). Each command has its flags directly above what it runs.
 """
 import codecs
+import copy
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from model import RETRIEVERS, DRTConfig
 from tasks import PAPER_NAMES
 from tasks.needles import KINDS, NeedleConfig, Needles
 from tasks.summaries import Summaries, SummaryConfig, rouge_scorer
-from tasks.text import N_SCORED, Text, load_corpus, load_tokenizer
+from tasks.text import Text, load_corpus, load_tokenizer
 from tools import cli, plot, trace
 from tools.checkpoint import RUN_PARTS, check_corpus, load_checkpoint
 from tools.reader import Reader
@@ -93,32 +94,51 @@ def run_niah(args, device):
 # ---------------------------------------------------------------- perplexity
 
 def ppl_flags(parser):
+    parser.add_argument("--by", choices=["length", "document", "copy"], default="length",
+                        help="a row for each length of the context, for each document, or by how far back "
+                        "the 4-gram that ends in a token was last seen (%(default)s)")
     parser.add_argument("--lengths", type=cli.numbers, metavar="N,N,..", help="tokens of context; default: "
-                        "64, 256, .. 65536")
-    parser.add_argument("--places", type=int,
-                        help=f"at each, {N_SCORED} tokens are scored; default: 64 on a GPU, 8 on a CPU")
-    parser.add_argument("--retriever", choices=RETRIEVERS,
-                        help="read other chunks than in training; default: the checkpoint's")
+                        "64, 256, .. 65536; by document and copy the training length")
+    parser.add_argument("--places", type=int, help="places where tokens are scored: 64 on a GPU, 8 on a CPU; "
+                        "by document and copy, windows of each document: 16 and 2")
+    parser.add_argument("--retriever", nargs="+", choices=[*RETRIEVERS, "oracle"],
+                        help="read other chunks than in training, or each of several kinds; oracle: those "
+                        "that the coming chunk copies from; default: the checkpoint's")
     cli.add_shared(parser, "ckpts data split fast dtype json seed device")
 
 
 def run_ppl(args, device):
     models, settings, corpus = {}, {}, None
+    names = plot.run_names(args.ckpt)
     for path in args.ckpt:
         model, saved = load_checkpoint(path, device, RUN_PARTS)
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
         check_corpus(corpus, saved, path, args.data)
-        model.config.retriever = args.retriever or model.config.retriever
-        models[path], settings[path] = model, saved["settings"] | dict(retriever=model.config.retriever)
+        is_drt = model.config.n_group > 0
+        require(is_drt or "oracle" not in (args.retriever or []),
+                f"--retriever oracle: {path} must be of a DRT: a base LM retrieves nothing")
+        for retriever in args.retriever if args.retriever and is_drt else [model.config.retriever]:
+            name = names[path] + f", {retriever}" * (is_drt and len(args.retriever or []) > 1)
+            models[name] = copy.copy(model)                                 # the same weights
+            models[name].config = copy.copy(model.config)
+            models[name].config.retriever = retriever
+            settings[name] = saved["settings"] | dict(retriever=retriever)
     require(args.split != "test" or corpus.test is not None,
             "--split must be val: the corpus has no test split")
-    names = plot.run_names(args.ckpt)
-    task = Text(settings[args.ckpt[0]], corpus)
-    task.places_to_score(args.lengths, args.places, args.seed, args.split)      # are there such places?
+    window = min(model.config.window for model in models.values())
+    task, options = Text(next(iter(settings.values())), corpus), dict(split=args.split)
+    if args.by != "length":
+        options |= dict(by=args.by, first={}) | (dict(window=window) if args.by == "copy" else {})
+    _, lengths, _ = task.plan(args.by, args.lengths, args.places, args.seed, args.split)    # is there text?
+    require(args.by != "copy" or lengths[0] > 2 * window,
+            f"--lengths must be more than two windows of {window} with --by copy, got {lengths[0]}")
     read = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
-    rows = measure(task, {names[path]: models[path] for path in models}, read, args.lengths, args.places,
-                   args.seed, split=args.split)
-    return {names[path]: settings[path] | task.measured_on(args.split) for path in models}, rows
+    rows = measure(task, models, read, args.lengths, args.places, args.seed, **options)
+    measured = task.measured_on(args.split)
+    if measured["left_out"]:
+        left_out = ", ".join(measured["left_out"][:8]) + ", .." * (len(measured["left_out"]) > 8)
+        cli.say(f"{len(measured['documents'])} documents measured; left out: {left_out}")
+    return {name: settings[name] | measured for name in models}, rows
 
 
 # ---------------------------------------------------------------- summaries
@@ -183,8 +203,8 @@ def run_sample(args, device):
 
 COMMANDS = dict(                    # its flags; what it runs: args, device -> settings, rows; in words
     niah=(niah_flags, run_niah, "Needle accuracy by context length, on unseen text."),
-    ppl=(ppl_flags, run_ppl, "Perplexity of unseen text by context length: the same tokens, after more or "
-                             "less context."),
+    ppl=(ppl_flags, run_ppl, "Perplexity of unseen text: by length of the context, by document, or by "
+                             "distance of the copy."),
     summarize=(summarize_flags, run_summarize, "ROUGE of summaries that it writes for unseen documents "
                                                "(needs rouge-score), and a few examples."),
     sample=(sample_flags, run_sample, "Continue a text."),

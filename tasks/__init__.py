@@ -18,6 +18,10 @@ needles.py: what a context with needles holds.)
 """
 from importlib import import_module
 
+# Every random draw is a function of one of these, a seed, and a step or length. So a run can resume exactly,
+# and evaluation never meets what training has seen.
+TRAINING, VALIDATION, EVALUATION = 1, 2, 3
+
 TASKS = {"needles": "Needles", "text": "Text", "summaries": "Summaries"}        # file and class
 PAPER_NAMES = {"niah": "needles", "lm": "text"}
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from gca import require
+from tasks import EVALUATION, TRAINING, VALIDATION
 from tasks.chains import PATHS, Chains
 from tasks.haystack import ALPHABETS, Haystack
-from tasks.text import EVALUATION, TRAINING, VALIDATION, stdlib_corpus, window_batch
+from tasks.text import stdlib_corpus, window_batch
 
 KINDS = "multi", "single", "multihop"
 FEW_QUESTIONS, MANY_QUESTIONS = 32, 240         # at a length of a table: few where contexts are long,

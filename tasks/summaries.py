@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from gca import require
-from tasks.text import EVALUATION, N_VALIDATION, NEWLINES, TRAINING, documents, load_tokenizer
+from tasks import EVALUATION, TRAINING
+from tasks.text import N_VALIDATION, NEWLINES, documents, load_tokenizer
 
 NO_LABEL = -100
 N_EXAMPLE = 3       # of each kind, kept to be shown
@@ -38,7 +39,6 @@ class Pairs:
     def __init__(self, text, separator):
         self.text, self.separator = text, separator
         starts, sizes = documents(text, separator)
-        starts, sizes = starts[:-1], sizes[:-1]             # nothing follows the last separator
         self.document_starts, self.document_sizes = starts[::2], sizes[::2]
         self.summary_starts, self.summary_sizes = starts[1::2], sizes[1::2]
 

@@ -7,7 +7,6 @@ What each method of a task is for, tasks/__init__.py says.
 """
 import hashlib
 import json
-import math
 import os
 import re
 import sysconfig
@@ -18,14 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from gca import Mistake, require
-
-# Every random draw is a function of one of these, a seed, and a step or length. So a run can resume exactly,
-# and evaluation never meets what training has seen.
-TRAINING, VALIDATION, EVALUATION = 1, 2, 3
-
+from tasks import TRAINING
+from tasks.perplexity import Documents, by_copy, by_document, by_length, longest_context, places, windows
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -114,8 +109,8 @@ def load_corpus(name):
         require(type(tokenizer) is str, "no tokenizer")
         hashes = [meta["splits"][split].get("sha256") for split in sizes]
         contents = hashlib.sha256(json.dumps(sorted(hashes)).encode()).hexdigest() if all(hashes) else ""
-        names = meta.get("names") or {}
-        require(all(type(name) is str for split in sizes for name in names.get(split, [])), "names")
+        names = meta.get("names") or {split: meta["splits"][split].get("names") for split in sizes}
+        require(all(type(name) is str for split in sizes for name in names.get(split) or []), "names")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Mistake(f"{folder}/meta.json is damaged, or tools.prepare did not make it: "
                          "prepare the corpus again") from error
@@ -144,10 +139,11 @@ def stdlib_corpus():
 
 
 def documents(text, separator):
-    """Starts and lengths of the documents in a text."""
+    """Where each document of a text begins, and how many tokens it has: (documents,) each."""
     ends = np.append(np.flatnonzero(text == separator), len(text))
     starts = np.append(0, ends[:-1] + 1)
-    return starts, ends - starts
+    exists = starts < len(text)                         # nothing follows the last separator
+    return starts[exists], (ends - starts)[exists]
 
 
 # ---------------------------------------------------------------- windows of a corpus
@@ -179,7 +175,6 @@ def window_batch(text, seed, first, batch, length):
 
 SHORT = 0.4             # share of the steps that have contexts of start_len tokens
 N_VALIDATION = 16       # sequences, always the same
-N_SCORED = 256          # tokens scored at each place of a perplexity table
 
 
 class Text:
@@ -202,7 +197,7 @@ class Text:
         """ValueError if the corpus cannot fill contexts of this length, or has no text to measure on."""
         for split in (self.corpus.train, self.corpus.val):
             window_batch(split, 0, 0, 1, length)
-        self.places_to_score(None, None, 0, None)
+        self.plan()
 
     def batch(self, step, length, size):
         """Tokens and next tokens of step number `step`, (size, length) each."""
@@ -232,60 +227,43 @@ class Text:
     def next_length(self, length, step, score):
         return self.settings["seq_len"] if step >= SHORT * self.settings["steps"] else length
 
-    def places_to_score(self, lengths, n_place, seed, split):
-        """A text, places (n_place,) in it, how many tokens are scored at each, and lengths of context.
+    def plan(self, by="length", lengths=None, n=None, seed=0, split=None):
+        """Of a table: the documents, the lengths of context, and {document: places or windows in it}.
 
-        Where all documents are short, half a document is scored after the other half.
+        ValueError if the corpus has no text for it. Notes for measured_on() which documents are measured.
         """
-        text = getattr(self.corpus, self.corpus.unseen(split))
-        starts, sizes = documents(text, load_tokenizer(self.corpus.tokenizer).separator)
-        n_scored = min(N_SCORED, int(sizes.max()) // 2)
-        require(n_scored, f"--data: {self.corpus.name} has no document of two tokens or more to measure on")
-        if not lengths:
-            longest = int(sizes.max()) - n_scored
-            lengths = [4 ** i for i in range(3, 9) if 4 ** i <= longest] or [longest]       # 64 to 65,536
-        where = places(starts, sizes, max(lengths), n_scored, n_place or 8,
-                       np.random.default_rng([EVALUATION, seed]))
-        return text, where, n_scored, lengths
+        split = self.corpus.unseen(split)
+        text, names = getattr(self.corpus, split), (self.corpus.names or {}).get(split)
+        these = Documents(text, *documents(text, load_tokenizer(self.corpus.tokenizer).separator), names)
+        if by == "length":
+            longest = longest_context(these.sizes, 0.5)                 # half of the documents have that
+            lengths = lengths or [4 ** i for i in range(3, 9) if 4 ** i <= longest] or [max(1, longest)]
+            found = places(these, max(lengths), n or 8, seed)
+        else:
+            require(names or by == "copy", f"--by document: {self.corpus.name} has no names of its "
+                    "documents, which tools.prepare keeps for text and packages")
+            lengths = lengths or [self.settings["seq_len"]]
+            require(len(lengths) == 1, f"--lengths must be one with --by {by}, got {len(lengths)}")
+            found = windows(these, lengths[0], n or 2)
+        numbers = range(len(these.sizes))
+        self.measured = dict(documents=[these.name(i) for i in numbers if i in found],
+                             left_out=[these.name(i) for i in numbers if i not in found])
+        return these, lengths, found
 
     def measured_on(self, split=None):
-        return self.corpus.describe(split)
+        return self.corpus.describe(split) | self.measured
 
-    def measure(self, model, read, lengths=None, n_place=None, seed=0, split=None):
-        """Perplexity by context length, a row each: the same tokens after more or less context.
+    def measure(self, model, read, lengths=None, n=None, seed=0, split=None, by="length", **shared):
+        """Perplexity by length of the context, by document or by copy, a row each (perplexity.py).
 
-        read: tools/reader.py's; split "val" or "test", default: test where there is one.
+        n: places, or windows of each document. split: "val" or "test"; default: test where there is one.
+        shared: what by_document and by_copy take, the same for all models.
         """
-        n_place = n_place or (64 if model.embedding.weight.is_cuda else 8)
-        text, where, n_scored, lengths = self.places_to_score(lengths, n_place, seed, split)
-        decode_bytes = load_tokenizer(self.corpus.tokenizer).decode_bytes
-        n_byte = sum(len(decode_bytes(text[i:i + n_scored].tolist())) for i in where)
-        for length in lengths:
-            total = scored_loss(model, read, text, where, n_scored, length)
-            loss = total / (len(where) * n_scored)
-            yield dict(length=length, scored=len(where) * n_scored, loss=loss,
-                       perplexity=math.exp(min(loss, 700)), bits_per_byte=total / math.log(2) / n_byte)
-
-
-def places(starts, sizes, longest, n_scored, n_place, rng):
-    """Places (n_place,) that have `longest` tokens of their document before them, and n_scored after them."""
-    room = sizes - longest - n_scored + 1                       # places in each document
-    require(room.max() >= 1, f"--lengths must be at most {max(0, sizes.max() - n_scored)}: no document has "
-            f"{longest} tokens of context and the {n_scored} that are scored")
-    room = room.clip(min=0)
-    drawn = np.sort(rng.integers(room.sum(), size=n_place))
-    document = np.searchsorted(room.cumsum(), drawn, side="right")
-    return starts[document] + longest + drawn - (room.cumsum() - room)[document]
-
-
-def scored_loss(model, read, text, where, n_scored, length):
-    """Summed cross-entropy of the n_scored tokens at each place, after `length` tokens of context."""
-    batch, total = min(16, read.contexts_at_once(model, length)), 0.0
-    for group in np.split(where, range(batch, len(where), batch)):
-        x = np.stack([text[i - length:i + n_scored] for i in group]).astype(np.int64)
-        x = torch.from_numpy(x).to(model.embedding.weight.device)
-        at = torch.zeros_like(x[:, 1:], dtype=torch.bool)
-        at[:, -n_scored:] = True
-        logits = read(model, x[:, :-1], at)
-        total += F.cross_entropy(logits.float(), x[:, -n_scored:].flatten(), reduction="sum").item()
-    return total
+        if not n:
+            n = (64 if model.embedding.weight.is_cuda else 8) // (1 if by == "length" else 4)
+        these, lengths, found = self.plan(by, lengths, n, seed, split)
+        if by == "length":
+            decode_bytes = load_tokenizer(self.corpus.tokenizer).decode_bytes
+            return by_length(model, read, these, found, lengths, decode_bytes)
+        table = by_document if by == "document" else by_copy
+        return table(model, read, these, found, lengths[0], **shared)

@@ -131,6 +131,12 @@ def test_plot(tmp_path):
         (tmp_path / "report.json").write_text(json.dumps(dict(rows=rows)))
         measure("plot", tmp_path / "report.json", "--out", tmp_path / f"{key}.png")
         assert (tmp_path / f"{key}.png").stat().st_size > 5000
+    for key, values in dict(document=["x", "y", "all 2"], last_seen=["never", "up to 16 ago"]).items():
+        numbers = dict(ratio=0.9, low=0.8, high=0.95, share=0.4, loss=1.2, length=99)
+        rows = [dict(model=model, **{key: value}, **numbers) for model in "ab" for value in values]
+        (tmp_path / "report.json").write_text(json.dumps(dict(rows=rows)))
+        measure("plot", tmp_path / "report.json", "--out", tmp_path / key)              # a .png
+        assert (tmp_path / f"{key}.png").stat().st_size > 5000
 
 
 # ---------------------------------------------------------------- what the user gets wrong

@@ -208,7 +208,7 @@ def test_a_corpus_of_short_documents_is_trained_on_and_measured(tmp_path):
     prepare.main(["text", str(tmp_path), "--out", str(corpus), "--tokenizer", "bytes"])
     train.main([*TEXT_FLAGS, "--steps", "2", "--data", str(corpus), "--out", str(out)])
     row, = json.loads((out / "ppl.json").read_text())["rows"]
-    assert row["length"] == 47 and row["scored"] == 8 * 46
+    assert row["length"] == 64 and row["scored"] == 8 * 23
 
 
 def test_a_corpus_without_any_words_is_refused_before_the_first_step(tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_a_corpus_without_any_words_is_refused_before_the_first_step(tmp_path, c
         np.zeros(400, np.uint16).tofile(tmp_path / f"{split}.bin")              # separators alone
     (tmp_path / "meta.json").write_text(json.dumps(META))
     error = one_line(capsys, train.main, *TEXT_FLAGS, "--data", tmp_path, "--out", tmp_path / "run")
-    assert "no document of two tokens" in error and not (tmp_path / "run").exists()
+    assert "no document of four tokens" in error and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content", [

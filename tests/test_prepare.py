@@ -1,6 +1,7 @@
 """Corpora: from folders and data sets to token ids, and what is said of folders that hold none."""
 import json
 import os
+import re
 import sys
 import types
 
@@ -127,13 +128,16 @@ def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
     splits, copies = packages.documents()
     names = {split: {*texts} for split, texts in splits.items()}
     assert {"big0", "big1", "big2"} <= names["train"] and "tiny" not in set.union(*names.values())
-    assert len(names["test"]) >= 3 and len(names["val"]) >= 3
+    assert len(names["test"]) == 3 and len(names["val"]) == 2          # a third of 15
     assert sum(map(len, names.values())) == 15                         # every other package is in one split
-    assert copies["train"] == ("p0" not in names["train"])
+    assert "p0" in names["train"] and copies == dict(train=0, val=0, test=0)        # of big0's family
     text = next(iter(splits["test"].values()))
     assert text.startswith("# p") and "\n\tvalue_7 = " in text
     assert packages.documents() == (splits, copies)
+    capsys.readouterr()
     prepare.main(["packages", "--out", str(tmp_path / "code"), "--tokenizer", "bytes"])
+    said, first = capsys.readouterr().out, [*splits["test"]][0]
+    assert re.search(rf"test, tokens, and how many of their 8-grams are in train: {first} [\d,]+ \d+%", said)
     corpus = load_corpus(tmp_path / "code")
     assert corpus.names == {split: list(texts) for split, texts in splits.items()}
     assert corpus.describe()["documents"] == [*splits["test"]]
@@ -146,6 +150,35 @@ def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packages, "installed_packages", lambda: {k: found[k] for k in ("big0", "p1", "tiny")})
     error = refused(capsys, prepare.main, "packages", "--out", tmp_path / "out", "--tokenizer", "bytes")
     assert "too few for three splits" in error and not (tmp_path / "out").exists()
+
+
+def test_families_of_packages_and_copies_of_files(monkeypatch):
+    """a, b and c copy from each other in a chain; d has one small file of e, and a license that all have."""
+    def lines(name, n):
+        return [f"{name} says at length in line number {i}" for i in range(n)]
+
+    rows = dict(a=lines("a", 100), b=lines("b", 100) + lines("a", 20), c=lines("c", 90) + lines("b", 20),
+                d=lines("d", 100), e=lines("e", 200), **{f"f{i}": lines(f"f{i}", 100) for i in range(30)})
+    sets = {name: {*x} | {*lines("license", 10)} for name, x in rows.items()}
+    assert [names for names in packages.families(sets) if len(names) > 1] == [["a", "b", "c"]]
+    monkeypatch.setattr(packages, "LEAST", 1)
+    texts = {name: {f"{name}/x.py": "\n".join(x)} for name, x in rows.items()}
+    for name in texts:
+        texts[name][f"{name}/copy.py"] = "\n".join(lines("e", 4) + [name])
+    monkeypatch.setattr(packages, "installed_packages", lambda: texts)
+    monkeypatch.setattr(packages, "read_package", lambda files: files)
+    splits, copies = packages.split_files()
+    held_out = {*splits["val"], *splits["test"]}
+    assert len(held_out & {"a", "b", "c"}) in (0, 3) and 4 <= len(held_out) <= len(rows) // 3
+    assert sum(copies.values()) >= len(splits["train"]) - 1         # one package alone has those four lines
+
+
+def test_how_much_of_a_document_is_in_the_training_text():
+    rng = np.random.default_rng(0)
+    train, new = rng.integers(50000, size=20000), rng.integers(50000, size=1000)
+    half = np.concatenate([train[7000:7500], new[:500]])
+    shares = packages.overlaps(train.astype(np.uint16), [new, train[5:900], half, new[:5]])
+    assert shares == pytest.approx([0, 1, 493 / 993, 0])
 
 
 def test_what_is_left_out_of_packages(tmp_path, monkeypatch):

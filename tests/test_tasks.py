@@ -6,12 +6,10 @@ import torch.nn.functional as F
 
 from helpers import DEVICE, command
 from model import DRT, DRTConfig, cross_entropy
-from tasks import text as text_module
 from tasks.chains import Chains
 from tasks.haystack import ALPHABETS, Haystack
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import Text, encode_bytes, load_corpus, window_batch
-from tools.reader import Reader
 
 
 def settings(**change):
@@ -57,26 +55,6 @@ def test_contexts_start_short_and_then_are_long():
     assert [needles.next_length(n, 1, dict(val_accuracy=0.9)) for n in (64, 128, 200)] == [128, 200, 200]
     for task in (Text, Needles):
         assert task(settings(start_len=0), corpus).lengths() == [128]
-
-
-def test_perplexity_scores_the_same_tokens_after_more_or_less_context():
-    starts, sizes = text_module.documents(np.array([1] * 500 + [0] + [1] * 900 + [0]), 0)
-    assert starts.tolist() == [0, 501, 1402] and sizes.tolist() == [500, 900, 0]
-    where = text_module.places(starts, sizes, 300, 256, 9000, np.random.default_rng(0))
-    assert set(where) == set(range(801, 501 + 900 - 256 + 1))                  # in the second document alone
-    with pytest.raises(ValueError, match="--lengths must be at most 644"):
-        text_module.places(starts, sizes, 645, 256, 1, np.random.default_rng(0))
-    model, text = DRT(DRTConfig()).to(DEVICE).eval(), np.random.default_rng(0).integers(256, size=2000)
-    with torch.no_grad():
-        expected = 0
-        for i in (400, 700, 1500):
-            x = torch.from_numpy(text[i - 100:i + 256]).to(DEVICE)
-            logits = model(x[None, :-1])[0][0, -256:]
-            expected += F.cross_entropy(logits, x[-256:], reduction="sum").item()
-    for use_fast in (True, False):
-        read = Reader(DEVICE, use_fast=use_fast)
-        loss = text_module.scored_loss(model, read, text, np.array([400, 700, 1500]), 256, 100)
-        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------- needles

@@ -8,16 +8,20 @@ import hashlib
 import re
 import sys
 import sysconfig
+from collections import Counter, defaultdict
+from itertools import combinations
 from pathlib import Path
+
+import numpy as np
 
 from gca import require
 from tasks.text import text_files
 
-LEAST = 200_000             # characters of a package
-LARGE = 400_000             # of a document that is long enough to measure long contexts in
-N_LARGE = 3                 # such documents in the validation and test splits, at least,
-ENOUGH = 0.03               # and this share of all characters
-TOO_MUCH = 0.08             # of all characters: larger packages are for training
+LEAST = 80_000              # characters of a package: about 16,000 tokens
+HELD_OUT = 0.1, 0.33        # share of all characters that is measured on; the second where packages are few
+FEW = 6                     # so many can be held out, or the second share is taken
+FAMILY = 0.05               # packages that share so many of their lines are in one split
+COMMON = 8                  # a line that more packages have (of a license) says nothing
 VENDORED = {"_vendor", "vendor", "_vendored_packages", "vendored", "third_party", "_third_party", "externals",
             "extern", "__pycache__", "node_modules", "site-packages", "dist-packages"}
 
@@ -53,26 +57,45 @@ def with_tabs(text):
     return re.sub(r"^(?: {4})+", lambda spaces: "\t" * (len(spaces[0]) // 4), text, flags=re.M)
 
 
-def split_packages(sizes):
-    """{package: characters} -> {split: names}, by a hash of the names. Large packages are for training.
+def families(lines):
+    """{package: its lines} -> lists of packages that copy from each other, directly or through others."""
+    packages_of, shared = defaultdict(list), Counter()
+    for name in lines:
+        for line in lines[name]:
+            packages_of[line].append(name)
+    for names in packages_of.values():
+        if 1 < len(names) <= COMMON:
+            shared.update(combinations(names, 2))
+    family = {name: [name] for name in lines}
+    for (a, b), n in shared.items():
+        if n > FAMILY * min(len(lines[a]), len(lines[b])) and family[a] is not family[b]:
+            family[a] += family[b]
+            family |= dict.fromkeys(family[b], family[a])
+    return [names for first, names in family.items() if first == names[0]]
 
-    ValueError where they do not suffice for three splits.
+
+def split_packages(sizes, families):
+    """{package: characters}, and which belong together -> {split: names}, by a hash of the names.
+
+    Families are held out, in turn for test and val, until a tenth of the text or a third of the packages is;
+    none of which one is a fifth of that. ValueError where there are too few.
     """
-    def n_large(names):
-        return sum(sizes[name] >= LARGE for name in names)
-
-    order = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
-    splits, total = dict(train=[], val=[], test=[]), sum(sizes.values())
-    for name in order:
-        wanting = [split for split in ("test", "val")
-                   if n_large(splits[split]) < N_LARGE or sum(map(sizes.get, splits[split])) < ENOUGH * total]
-        if sizes[name] > TOO_MUCH * total or not wanting:
-            wanting = ["train"]
-        splits[min(wanting, key=lambda split: len(splits[split]))].append(name)
-    for split, names in splits.items():
-        require(n_large(names) >= (1 if split == "train" else N_LARGE),
-                f"packages: {sys.executable} has too few for three splits: {split} would have only "
-                f"{n_large(names)} with {LARGE:,} characters or more; install others")
+    total, splits = sum(sizes.values()), dict(train=[], val=[], test=[])
+    size_of = {names[0]: sum(map(sizes.get, names)) for names in families}
+    for share in HELD_OUT:
+        small = [names for names in families if size_of[names[0]] <= share / 5 * total]
+        if sum(map(len, small)) >= FEW:
+            break
+    room, most = share * total, len(sizes) // 3
+    for names in sorted(small, key=lambda names: hashlib.sha256(names[0].encode()).digest()):
+        n_held = len(splits["val"] + splits["test"])
+        if n_held + len(names) <= most and size_of[names[0]] <= room:
+            splits[min(("test", "val"), key=lambda split: len(splits[split]))] += names
+            room -= size_of[names[0]]
+    splits["train"] = [name for name in sizes if name not in splits["val"] + splits["test"]]
+    for split, least in dict(train=1, val=2, test=2).items():
+        require(len(splits[split]) >= least, f"packages: {sys.executable} has too few for three splits: "
+                f"{split} would have {len(splits[split])} of {LEAST:,} characters or more; install others")
     return splits
 
 
@@ -90,8 +113,10 @@ def split_files(most=None):
     installed under two names. most: characters of training text, at most.
     """
     packages = {name: read_package(files) for name, files in installed_packages().items()}
-    sizes = {name: sum(map(len, texts.values())) for name, texts in packages.items()}
-    splits = split_packages({name: size for name, size in sizes.items() if size >= LEAST})
+    sizes = {name: sum(map(len, texts.values())) for name, texts in sorted(packages.items())}
+    sizes = {name: size for name, size in sizes.items() if size >= LEAST}
+    lines = {name: set().union(*map(long_lines, packages[name].values())) for name in sizes}
+    splits = split_packages(sizes, families(lines))
     seen, copies, result = set(), dict.fromkeys(splits, 0), {}
     for split in ("test", "val", "train"):              # what is measured on was never trained on
         result[split], here, room = {}, set(), most if split == "train" and most else float("inf")
@@ -114,3 +139,23 @@ def split_files(most=None):
 def long_lines(text):
     """Its lines that say more than `return None`: two files that share most of them are copies."""
     return {line.strip() for line in text.splitlines() if len(line.strip()) >= 25}
+
+
+def overlaps(train, documents, n=8, bits=26):
+    """The share of each document's n-grams that the training tokens have, too: what could be remembered."""
+    def hashes(tokens):
+        h = np.zeros(max(0, len(tokens) - n + 1), np.uint64)
+        for i in range(n):
+            h = h * np.uint64(0x9E3779B97F4A7C15) + tokens[i:i + len(h)].astype(np.uint64)
+        return h
+
+    grams = [np.unique(hashes(tokens)) for tokens in documents]
+    wanted = np.unique(np.concatenate(grams))
+    may_be, found = np.zeros(2 ** bits, bool), np.zeros(len(wanted), bool)
+    may_be[wanted >> np.uint64(64 - bits)] = True               # most of the training text is none of them
+    for start in range(0, len(train), 2 ** 22):
+        h = hashes(train[start:start + 2 ** 22 + n - 1])
+        h = h[may_be[h >> np.uint64(64 - bits)]]
+        at = np.searchsorted(wanted, h).clip(max=len(wanted) - 1)
+        found[at[wanted[at] == h]] = True
+    return [found[np.searchsorted(wanted, x)].mean() if len(x) else 0.0 for x in grams]

@@ -1,4 +1,4 @@
-"""Pictures of what eval.py's --json wrote, by context length."""
+"""Pictures of what eval.py's --json wrote: by length of the context, by document, by distance of copies."""
 import json
 import math
 from pathlib import Path
@@ -21,15 +21,24 @@ def load_report(path):
     """The rows of a report; ValueError if it is not one."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        kind = next(key for key in PANELS if key in rows[0])
+        numbers = DRAWN.get(kind_of(rows), [kind_of(rows)])
         for row in rows:
             require(type(row["length"]) is int and abs(math.log(row["length"])) < 50, "no length")
-            require(math.isfinite(row[kind]) and isinstance(row.get("model", ""), str), "nothing to draw")
+            require(isinstance(row.get("model", ""), str), "no name")
+            require(all(math.isfinite(row[key]) for key in numbers), "nothing to draw")
     except OSError:
         raise
     except Exception as error:                              # whatever foreign JSON makes of these lines
         raise Mistake(f"{path} must be a report of eval.py niah, ppl or speed --json") from error
     return rows
+
+
+DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share"])       # of other kinds: themselves
+
+
+def kind_of(rows):
+    """What the rows of a report are about: a key of PANELS, "document" or "last_seen"."""
+    return next(key for key in ("document", "last_seen", *PANELS) if key in rows[0])
 
 
 PANELS = dict(token_accuracy="answer tokens right, %", perplexity="perplexity",
@@ -54,10 +63,17 @@ def draw(reports, path):
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise Mistake("plot needs matplotlib: pip install matplotlib") from error
-    kinds = {report: next(key for key in PANELS if key in rows[0]) for report, rows in tables.items()}
+    kinds = {report: kind_of(rows) for report, rows in tables.items()}
     kind = next(iter(kinds.values()))
     for report in tables:
         require(kinds[report] == kind, f"{report} must be of the same command as {reports[0]}")
+    if kind in ("document", "last_seen"):
+        figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+        (draw_ratios if kind == "document" else draw_copies)(axis, curves(tables))
+        axis.grid(alpha=0.3)
+        axis.legend()
+        save(figure, path)
+        return
     is_speed = kind not in ("token_accuracy", "perplexity")
     keys = [kind] if not is_speed else [
         key for key in [*PANELS][2:] if any(row[key] for rows in tables.values() for row in rows)]
@@ -76,6 +92,30 @@ def draw(reports, path):
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     save(figure, path)
+
+
+def draw_ratios(axis, tables):
+    """Each document's ratio of perplexities to the first model's, lowest first, with 95% of bootstraps."""
+    (first, _), *others = tables.items()
+    for i, (name, rows) in enumerate(others):
+        rows = sorted(rows[:-1], key=lambda row: row["ratio"])                  # the last one is their mean
+        ratios = [row["ratio"] for row in rows]
+        errors = [[row["ratio"] - row["low"] for row in rows], [row["high"] - row["ratio"] for row in rows]]
+        at = [x + 0.15 * i for x in range(len(rows))]
+        axis.errorbar(at, ratios, errors, fmt="o", label=name.replace("$", r"\$"))
+        if len(others) == 1:
+            axis.set_xticks(at, [row["document"] for row in rows], rotation=45, ha="right", fontsize=7)
+    axis.axhline(1, color="gray")
+    axis.set(xlabel="documents", ylabel=f"perplexity over that of {first}")
+
+
+def draw_copies(axis, tables):
+    """Loss of the tokens whose 4-gram was last seen so far back, a line for each model."""
+    for name, rows in tables.items():
+        axis.plot([f"{row['last_seen']}\n{100 * row['share']:.0f}% of tokens" for row in rows],
+                  [row["loss"] for row in rows], "o-", label=name.replace("$", r"\$"))
+    axis.set(xlabel="tokens since the last time that this and the 3 tokens before it were seen",
+             ylabel="loss, nats a token")
 
 
 def save(figure, path):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))   # also as `python tools/
 
 from fast.files import atomic_file
 from gca import Mistake, require
-from tasks.text import load_tokenizer, text_files
+from tasks.text import documents, load_corpus, load_tokenizer, text_files
 from tools import cli, packages, pairs
 
 # ---------------------------------------------------------------- a folder of text -> a corpus
@@ -89,13 +89,14 @@ def prepare(splits, out, tokenizer, errors="strict", references=None, names=None
 def write_corpus(splits, out, tokenizer, kind, errors, references, names):
     meta = dict(tokenizer=tokenizer, vocab_size=kind.vocab_size, errors=errors, splits={})
     hashes = {split: digest(data) for split, data in (references or {}).items()}
-    meta |= {name: value for name, value in dict(references=hashes, names=names).items() if value}
+    meta |= dict(references=hashes) if hashes else {}
     sources = {split: digest(json.dumps([tokenizer, errors, identity]).encode())
                for split, (_, _, identity) in splits.items()}
     there = {split: split_that_is_there(out, split, source) for split, source in sources.items()}
     meta["splits"] = {split: done | dict(source=sources[split]) for split, done in there.items() if done}
-    for split, (documents, number, _) in splits.items():
-        done = there[split] or write_split(out / f"{split}.bin", documents, number, tokenizer, errors)
+    for split, (texts, number, _) in splits.items():
+        done = there[split] or write_split(out / f"{split}.bin", texts, number, tokenizer, errors,
+                                           (names or {}).get(split, ()))
         require(not (references and done["skipped"]), f"{split}: a document without its summary")
         meta["splits"][split] = done | dict(source=sources[split])
         if split in hashes:
@@ -124,19 +125,20 @@ def split_that_is_there(out, split, source):
     try:
         done = json.loads((out / "meta.json").read_text(encoding="utf-8"))["splits"][split]
         if done["source"] == source and done["sha256"] == digest_of_file(out / f"{split}.bin"):
-            return {name: done[name] for name in ("tokens", "bytes", "documents", "skipped", "sha256")}
+            return {name: done[name]
+                    for name in ("tokens", "bytes", "documents", "skipped", "sha256", "names")}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass                            # whatever stands there is written anew
     return None
 
 
-def write_split(path, documents, number, tokenizer, errors):
-    """Tokenize documents, in order, into one .bin; atomic. Returns counts and a hash.
+def write_split(path, documents, number, tokenizer, errors, names):
+    """Tokenize documents, in order, into one .bin; atomic. Returns counts, a hash, and names.
 
     In threads, because tiktoken leaves Python to others while it works.
     """
     count, documents, work = Counter(), iter(documents), partial(tokenize, tokenizer=tokenizer, errors=errors)
-    written = hashlib.sha256()
+    written, names, kept = hashlib.sha256(), iter(names), []
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         with atomic_file(path) as file, tqdm(
@@ -144,19 +146,21 @@ def write_split(path, documents, number, tokenizer, errors):
             while group := list(islice(documents, 4096)):       # a pool would read all of a stream at once
                 for done in pool.map(work, group):
                     bar.update()
+                    name = next(names, None)
                     if done is None:
                         count["skipped"] += 1
                         continue
                     tokens, size = done
                     file.write(tokens.tobytes())
                     written.update(tokens.tobytes())
+                    kept.append(name)
                     count.update(tokens=len(tokens), bytes=size, documents=1)
             require(count["documents"], f"{path.stem} must hold UTF-8 text, got none; --errors replace takes "
                     "other text")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return dict(tokens=count["tokens"], bytes=count["bytes"], documents=count["documents"],
-                skipped=count["skipped"], sha256=written.hexdigest())
+                skipped=count["skipped"], sha256=written.hexdigest(), names=[*filter(None, kept)])
 
 
 def prepare_text(folder, out, tokenizer, errors):
@@ -165,8 +169,9 @@ def prepare_text(folder, out, tokenizer, errors):
         return [(path.relative_to(folder).as_posix(), digest_of_file(path)) for path in files]
 
     splits = split_documents(folder)
-    prepare({name: (files, len(files), identity(files)) for name, files in splits.items()},
-            out, tokenizer, errors)
+    prepare({split: (files, len(files), identity(files)) for split, files in splits.items()}, out, tokenizer,
+            errors, names={split: [path.relative_to(folder).as_posix() for path in files]
+                           for split, files in splits.items()})
 
 
 def prepare_packages(out, tokenizer, most):
@@ -179,6 +184,14 @@ def prepare_packages(out, tokenizer, most):
         identity = [(name, digest(text.encode())) for name, text in texts.items()]
         work[split] = texts.values(), len(texts), identity
     prepare(work, out, tokenizer, names={split: list(texts) for split, texts in splits.items()})
+    corpus = load_corpus(str(out))
+    for split in ("val", "test"):
+        text = getattr(corpus, split)
+        starts, sizes = documents(text, load_tokenizer(tokenizer).separator)
+        shares = packages.overlaps(corpus.train, [text[i:i + n] for i, n in zip(starts, sizes, strict=True)])
+        named = zip(corpus.names[split], sizes, shares, strict=True)
+        cli.say(f"{split}, tokens, and how many of their 8-grams are in train: "
+                + ", ".join(f"{name} {n:,} {share:.0%}" for name, n, share in named))
 
 
 def prepare_pairs(splits, out, tokenizer):

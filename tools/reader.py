@@ -1,11 +1,15 @@
 """How tables are measured: reading and generating by the clock, as much at once as fits, by fast/ or not."""
 import time
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import fast
 from fast.speed import synchronize, warm_up
 from fast.stream import segment_length
+from model import WholeText, retrieve, softmax_of_filled
+from tasks.perplexity import copied_from
 from tools import cli
 
 PLAIN_CHUNKS = 10_000       # model.py scores all chunks against all: more take gigabytes
@@ -46,6 +50,8 @@ class Reader:
     @torch.no_grad()
     def __call__(self, model, tokens, at):
         """Logits at the marked positions: tokens, at (B, n) -> (number, vocab_size)."""
+        if model.config.retriever == "oracle":
+            return self.with_oracle(model, tokens, at)
         with cli.autocast(self.device, self.dtype):
             self.check(model)
             if self.use_fast and self.device.type == "cuda" and (model, tokens.shape) not in self.warm:
@@ -60,6 +66,27 @@ class Reader:
             synchronize(self.device)
         self.seconds += time.perf_counter() - start
         self.tokens += tokens.numel()
+        return logits
+
+    def with_oracle(self, model, tokens, at):
+        """By the plain files: each chunk retrieves those that most of its tokens could be copied from.
+
+        Weights are the model's own. What a perfect choice would give, not what a model can know.
+        """
+        S, K = model.config.chunk_size, model.config.top_k
+        counts = [copied_from(row, S - 1, model.config.window) for row in tokens.cpu().numpy()]
+        counts = F.pad(torch.from_numpy(np.stack(counts)), (0, 1, 0, 1)).to(self.device)
+
+        def choose(scores):                                 # (B, C, C): landmark t retrieves for chunk t + 1
+            C = scores.shape[1]
+            _, indices = retrieve(scores + 1000 * counts[:, 1:C + 1, :C], K)
+            weights = softmax_of_filled(scores.gather(-1, indices.clamp(min=0)), indices < 0)
+            return weights, indices
+
+        start = time.perf_counter()
+        with cli.autocast(self.device, self.dtype):
+            logits = model.head(model.hidden(tokens, WholeText(model, tokens.shape[1], choose))[at])
+        self.seconds, self.tokens = self.seconds + time.perf_counter() - start, self.tokens + tokens.numel()
         return logits
 
     def check(self, model):

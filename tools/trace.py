@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from fast.files import atomic_file
 from gca import require
 from model import DRTConfig, WholeText, retrieve
+from tasks import EVALUATION
 from tasks.needles import NeedleConfig, Needles
-from tasks.text import EVALUATION, load_corpus, load_tokenizer
+from tasks.text import load_corpus, load_tokenizer
 from tools import cli
 from tools.checkpoint import RUN_PARTS, check_corpus, load_checkpoint
 
