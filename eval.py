@@ -65,15 +65,23 @@ def niah_flags(parser):
     parser.add_argument("--questions", type=int, help="questions at each length; default: "
                         "240, and fewer, at least 32, in long contexts")
     parser.add_argument("--needle", choices=KINDS, help="another kind than in training")
-    parser.add_argument("--n_needle", type=int,
-                        help="needles in a context (multihop: chains); default: training's")
-    parser.add_argument("--data", help="the haystack: stdlib or a folder; default: training's")
+    parser.add_argument("--n_needle", type=cli.numbers, metavar="N,N,..",
+                        help="needles in a context (multihop: chains), a table for each; default: training's")
+    parser.add_argument("--anywhere", type=cli.boolean, metavar="{true,false}",
+                        help="needles across chunk borders, too; default: as in training")
+    parser.add_argument("--generate", action="store_true",
+                        help="also write the answers, each token from those that the model wrote itself")
+    parser.add_argument("--retriever", choices=RETRIEVERS, help="read other chunks than in training")
+    parser.add_argument("--data", help="the haystack: stdlib, packages (more text), or a folder; default: "
+                        "training's")
     cli.add_shared(parser, "ckpt fast dtype json seed device")
 
 
 def run_niah(args, device):
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
-    given = dict(needle=args.needle, n_needle=args.n_needle, data=args.data)
+    model.config.retriever = args.retriever or model.config.retriever
+    given = dict(needle=args.needle, anywhere=args.anywhere, data=args.data,
+                 n_needle=args.n_needle and args.n_needle[0])
     settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
     settings |= {name: value for name, value in given.items() if value is not None}
     name = settings.get("task")
@@ -85,9 +93,13 @@ def run_niah(args, device):
     task = Needles(settings, corpus)
     for length in args.lengths or [settings["seq_len"]]:
         task.check(length, "--lengths")
+        room = task.haystack.questions_in(length, 10 ** 9)
+        require(max(args.n_needle or [0]) <= room, f"--n_needle must be at most {room} in {length} tokens "
+                f"(and with as many questions), got {args.n_needle and max(args.n_needle)}")
     read = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     names = plot.run_names([args.ckpt])
-    rows = measure(task, {names[args.ckpt]: model}, read, args.lengths, args.questions, args.seed)
+    rows = measure(task, {names[args.ckpt]: model}, read, args.lengths, args.questions, args.seed,
+                   n_needles=args.n_needle, write=args.generate)
     return settings | task.measured_on(), rows
 
 

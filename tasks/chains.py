@@ -19,7 +19,7 @@ class Chains:
 
     n_hop = 2
 
-    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], straddle=False, path="joined"):
+    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False, path="joined"):
         self.n_text, self.n_value, self.alphabet, self.n_name = n_text, n_value, alphabet, n_value
         self.needle_length = 2 * n_value + 3                            # |a:b|, where both are names
         first = n_text if path == "late" else 0     # where the parts begin: tokens after the question's end
@@ -27,7 +27,7 @@ class Chains:
         self.chunks_per_question = 3 if path == "late" else 2
         self.least_length = 3 * n_text + 1 + self.parts[1] + n_value    # of a context with one question
         self.answer_offsets = np.concatenate([part + np.arange(n_value) for part in self.parts])
-        self.straddle = straddle
+        self.anywhere = anywhere
 
     def answer_chunks(self, length, n):
         """The chunks (n,) after those that n questions end, so late that the last answer still fits."""
@@ -51,7 +51,7 @@ class Chains:
 
         answer_chunks = self.answer_chunks(length, n)
         n_before = answer_chunks[0] - 1                                 # chunks before the first question's
-        needle_at = places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.straddle)
+        needle_at = places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.anywhere)
         border_at = answer_chunks * self.n_text + np.zeros((B, 1), int)                         # (B, n)
         write(x, needle_at[:, :n], bar, a, colon, b, bar)
         write(x, needle_at[:, n:], bar, b, colon, c, bar)

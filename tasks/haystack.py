@@ -44,12 +44,12 @@ class Haystack:
 
     n_hop, n_name = 1, NAME             # needles that lead to an answer; tokens in what a question names
 
-    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], straddle=False):
+    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False):
         """n_text: text tokens of a chunk; n_value: tokens of a value.
 
-        straddle: needles lie anywhere before the questions; otherwise each inside one chunk, no two in one.
+        anywhere: needles lie anywhere before the questions; otherwise each inside one chunk, no two in one.
         """
-        self.n_text, self.n_value, self.alphabet, self.straddle = n_text, n_value, alphabet, straddle
+        self.n_text, self.n_value, self.alphabet, self.anywhere = n_text, n_value, alphabet, anywhere
         self.needle_length = NAME + n_value + 3                         # |name:value|
         self.least_length = 2 * n_text + 1 + n_value                    # of a context with one question
         self.answer_offsets = np.arange(n_value)    # positions that predict an answer, from where it begins
@@ -77,7 +77,7 @@ class Haystack:
 
         first_answer = self.answer_chunks(length, n)[0]
         n_before = first_answer - 1                                     # chunks before the first question's
-        needle_at = places(rng, B, n, n_before, self.n_text, self.needle_length, self.straddle)
+        needle_at = places(rng, B, n, n_before, self.n_text, self.needle_length, self.anywhere)
         colon_at = self.answer_chunks(length, n) * self.n_text + np.zeros((B, 1), int)          # (B, n)
         write(x, needle_at, bar, names, colon, values, bar)
         write(x, colon_at - (2 + NAME), bar, ask, names)
@@ -86,9 +86,9 @@ class Haystack:
         return x[:, :-1], x[:, 1:], (colon_at[..., None] + self.answer_offsets).reshape(B, -1)
 
 
-def places(rng, B, n, n_chunk, n_text, size, straddle):
+def places(rng, B, n, n_chunk, n_text, size, anywhere):
     """Where n needles of `size` tokens begin in the first n_chunk chunks: (B, n)."""
-    if straddle:
+    if anywhere:
         return random_starts(rng, B, n, n_chunk * n_text, size)
     chunk = random_starts(rng, B, n, n_chunk, 1)
     return chunk * n_text + rng.integers(0, n_text - size + 1, (B, n))

@@ -5,6 +5,7 @@ shows an example, one chunk a line.
 """
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class NeedleConfig:
     needle: str = "multi"           # multi: n_needle in a context; single: one; multihop: chains of two
     n_needle: int = 3               # in a context, if it is long enough; as many questions (multihop: chains)
     n_value: int = 6                # tokens in a needle's value (multihop: in each name, too)
-    straddle: bool = False          # True: needles lie anywhere; False: each inside one chunk
+    anywhere: bool = False          # True: needles lie across chunk borders, too; False: inside one chunk
     path: str = "joined"            # multihop's answer: in one chunk; spread: over two; late: a chunk later
     grow_at: float = 0.9            # answer accuracy at which the context doubles
     lm_weight: float = 0.3          # of the language-model loss, beside the answers'
@@ -47,7 +48,7 @@ class Needles:
         require(kind in KINDS, f"needle must be one of {', '.join(KINDS)}, got {kind!r}")
         require(path in PATHS, f"path must be one of {', '.join(PATHS)}, got {path!r}")
         alphabet = ALPHABETS[corpus.tokenizer]
-        given = settings["chunk_size"] - 1, n_value, alphabet, settings["straddle"]
+        given = settings["chunk_size"] - 1, n_value, alphabet, settings["anywhere"]
         self.haystack = Chains(*given, path) if kind == "multihop" else Haystack(*given)
         self.n_needle = 1 if kind == "single" else settings["n_needle"]
         require(self.n_needle >= 1, f"n_needle must be at least 1, got {self.n_needle}")
@@ -123,32 +124,41 @@ class Needles:
     def measured_on(self):                  # the haystack
         return self.corpus.describe("val")
 
-    def measure(self, model, read, lengths=None, n_question=None, seed=0):
+    def measure(self, model, read, lengths=None, n_question=None, seed=0, n_needles=None, write=False):
         """Accuracy of the answers by context length, a row each; read: tools/reader.py's.
 
         Every token of an answer is predicted greedily from the true tokens before it. With one hop, all of
         them are right exactly when greedy generation would write the answer. Of a path, the second colon and
-        the text between its parts are given.
+        the text between its parts are given. `repeats`: how often the context repeats the haystack's text.
+        A model that answers with any needle's value gets one answer in `needles` right.
+
+        n_needles: numbers of needles in a context, a table for each. write: generate the answers, too, each
+        token from those that the model wrote itself.
         """
         if not lengths:
             most = read.most_chunks * self.haystack.n_text
             lengths = [self.settings["seq_len"] * 4 ** i for i in range(6)]
             lengths = [length for length in lengths if length <= most] or lengths[:1]
-        for length in lengths:
-            hits = self.answers(model, read, length, n_question, seed).double()
-            yield dict(length=length, questions=len(hits),
-                       needles=self.haystack.n_hop * self.haystack.questions_in(length, self.n_needle),
-                       token_accuracy=100 * hits.mean().item(),
+        for wanted, length in product(n_needles or [self.n_needle], lengths):
+            n = self.haystack.questions_in(length, wanted)
+            hits, written = self.answers(model, read, length, n, n_question, seed, write)
+            row = dict(length=length, questions=len(hits), needles=self.haystack.n_hop * n,
+                       repeats=max(1.0, length / len(self.corpus.val)),
+                       token_accuracy=100 * hits.double().mean().item(),
                        exact_match=100 * hits.all(1).double().mean().item())
+            yield row | (dict(written=100 * written.all(1).double().mean().item()) if write else {})
 
-    def answers(self, model, read, length, n_question, seed):
-        """Whether each token of each answer is right: (n_question, tokens of an answer)."""
-        device, n = model.embedding.weight.device, self.haystack.questions_in(length, self.n_needle)
+    def answers(self, model, read, length, n, n_question, seed, write=False):
+        """Whether each token of each answer is right, predicted and (if asked for) written.
+
+        Of contexts with n questions: (n_question, tokens of an answer) each.
+        """
+        device = model.embedding.weight.device
         if not n_question:
             n_question = AFFORDABLE[device.type] // length * n
             n_question = max(FEW_QUESTIONS, min(MANY_QUESTIONS, n_question))
         n_context, at_once = -(-n_question // n), read.contexts_at_once(model, length)
-        hits = []
+        hits, written = [], []
         for first in range(0, n_context, at_once):
             contexts = []                               # each drawn for itself: the same on every machine
             for i in range(first, min(first + at_once, n_context)):
@@ -159,7 +169,14 @@ class Needles:
             at = torch.zeros(tokens.shape, dtype=torch.bool).scatter(1, answer_at, True)
             logits = read(model, tokens.to(device), at.to(device))
             hits.append(logits.argmax(-1).cpu() == labels[at])
-        return torch.cat(hits).view(-1, len(self.haystack.answer_offsets))[:n_question]
+            if write:
+                firsts = answer_at[0].view(n, -1)[:, 0].tolist()            # the same in each context
+                offsets = (self.haystack.answer_offsets - self.haystack.answer_offsets[0]).tolist()
+                new = read.write(model, tokens.to(device), firsts, offsets).cpu()           # (B, n, tokens)
+                written.append(new.flatten() == labels[at])
+        hits, written = (torch.cat(x).view(-1, len(self.haystack.answer_offsets))[:n_question] if x else None
+                         for x in (hits, written))
+        return hits, written
 
 
 def show_example():

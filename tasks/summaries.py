@@ -24,6 +24,7 @@ from tasks.text import N_VALIDATION, NEWLINES, documents, load_tokenizer
 
 NO_LABEL = -100
 N_EXAMPLE = 3       # of each kind, kept to be shown
+CODE = "function", "module"
 
 
 @dataclass
@@ -160,9 +161,10 @@ class Summaries:
         """A row for each kind of document: loss of the true summaries, and ROUGE of generated ones (greedy).
 
         n: documents of each kind. The loss is taken in contexts of seq_len, where long documents are cut;
-        ROUGE reads them whole. split: "val" or "test", default: test where there is one. lead: how the
-        document begins, in the place of a summary. ROUGE needs the package rouge-score; without it there is
-        the loss alone. The first documents of a kind are kept in self.examples.
+        ROUGE reads them whole. split: "val" or "test", default: test where there is one. In the place of a
+        summary, lead: how the document begins; name: the words of its first function's or class's name;
+        inside: the first line of the first docstring that is left in it. ROUGE needs the package rouge-score;
+        without it there is the loss alone. The first documents of a kind are kept in self.examples.
         """
         n = n or (400 if model.embedding.weight.is_cuda else 20)
         split = self.corpus.unseen(split)
@@ -189,22 +191,53 @@ class Summaries:
 
         prompts = [np.append(pairs.document(i), self.separator).astype(np.int64) for i in numbers]
         written = [text(ids) for ids in read.generate(model, prompts, self.n_summary, self.separator)]
-        leads = [lead(text(pairs.document(i).tolist()), kind) for i in numbers]
+        begins = [text(pairs.document(i).tolist()) for i in numbers]
+        leads = [lead(document, kind) for document in begins]
         for i in range(min(N_EXAMPLE, len(numbers))):
             self.examples.append((kind, leads[i], references[i], written[i]))
-        return mean_rouge(references, written, "") | mean_rouge(references, leads, "lead_")
+        row = mean_rouge(references, written, "") | mean_rouge(references, leads, "lead_")
+        for name, baseline in dict(name_=words_of_name, inside_=docstring_inside).items():
+            others = [baseline(document) if kind in CODE else "" for document in begins]
+            row[f"{name}rougeL"] = mean_rouge(references, others, "")["rougeL"]
+        return row
 
+
+# What a summary should be better than: how a document begins; of code, the name and a docstring inside.
 
 def lead(text, kind):
     """The first line of source code; of prose the first sentence: up to a mark that a capital follows."""
     line = text.split("\n")[0]
-    return line if kind in ("function", "module") else re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", line)[0]
+    return line if kind in CODE else re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", line)[0]
+
+
+def words_of_name(code):
+    """`def read_theFile(` -> `read the file`: of the first function or class."""
+    found = re.search(r"\b(?:def|class)\s+(\w+)", code)
+    return " ".join(re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", found[1])).lower() if found else ""
+
+
+def docstring_inside(code):
+    """The first line of the first docstring that is left in the code."""
+    found = re.search(r'(?:"""|\'\'\')\s*([^\n]+?)\s*(?:"""|\'\'\'|\n)', code)
+    return found[1] if found else ""
+
+
+class Words:
+    """ROUGE's words. The package's own tokenizer drops all letters but a to z: Cyrillic texts score 0."""
+
+    def __init__(self):
+        from rouge_score.tokenizers import DefaultTokenizer
+        self.stem = DefaultTokenizer(use_stemmer=True).tokenize
+
+    def tokenize(self, text):
+        words = re.findall(r"[぀-ヿ一-鿿]|[^\W_぀-ヿ一-鿿]+", text.lower())      # Chinese: each letter
+        return [x for word in words for x in (self.stem(word) if word.isascii() else [word])]
 
 
 def mean_rouge(references, texts, prefix):
     """{name: mean F1 in percent} of ROUGE-1, 2 and L, each with the best of a document's references."""
     names = "rouge1", "rouge2", "rougeL"
-    scorer = rouge_scorer().RougeScorer(names, use_stemmer=True)
+    scorer = rouge_scorer().RougeScorer(names, tokenizer=Words())
     scores = [scorer.score_multi(wanted, text) for wanted, text in zip(references, texts, strict=True)]
     return {prefix + name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in names}
 

@@ -1,6 +1,7 @@
 """Text: corpora by name, language modelling on them, and perplexity by context length.
 
     stdlib      the running Python's own library source, as bytes: real text without a download
+    packages    the source of the installed packages, as bytes: more text, half of it for validation
     a folder    what `python -m tools.prepare` made: token ids in train.bin, val.bin, test.bin, and meta.json
 
 What each method of a task is for, tasks/__init__.py says.
@@ -95,12 +96,15 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(name):
-    """`stdlib`, or a folder that tools/prepare.py made, read as it is needed; ValueError if there is none."""
+    """`stdlib`, `packages`, or a folder that tools/prepare.py made, read as it is needed; or ValueError."""
     if name == "stdlib":
         return stdlib_corpus()
+    if name == "packages":
+        return source_corpus(name, {*map(sysconfig.get_path, ("purelib", "platlib"))}, 2)
     folder, splits = Path(name), {}
     require((folder / "meta.json").is_file(),
-            f"--data must be 'stdlib' or a folder that `python -m tools.prepare` made, got {name!r}")
+            "--data must be 'stdlib', 'packages' or a folder that `python -m tools.prepare` made, "
+            f"got {name!r}")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {split: meta["splits"][split]["tokens"] for split in {"train", "val", *meta["splits"]}}
@@ -127,15 +131,21 @@ def load_corpus(name):
 
 def stdlib_corpus():
     """Python's library source as bytes; about one file in eight, chosen by its path, is for validation."""
-    root = Path(sysconfig.get_path("stdlib"))
+    return source_corpus("stdlib", [sysconfig.get_path("stdlib")], 8)
+
+
+def source_corpus(name, folders, one_in):
+    """The .py files in these folders as bytes, one in so many for validation; but not packages inside."""
     train, val = [], []
-    for path in text_files(root, ".py")[0]:
-        name = path.relative_to(root).as_posix()
-        if "-packages/" not in name and os.access(path, os.R_OK):      # those are not the library
-            split = val if zlib.crc32(os.fsencode(name)) % 8 == 0 else train
-            split.append(path.read_bytes())
+    for root in map(Path, folders):
+        for path in text_files(root, ".py")[0]:
+            inside = path.relative_to(root).as_posix()
+            if "-packages/" not in inside and os.access(path, os.R_OK):      # those are not the library
+                split = val if zlib.crc32(os.fsencode(inside)) % one_in == 0 else train
+                split.append(path.read_bytes())
+    require(train and val, f"--data {name}: there are no .py files in {', '.join(map(str, folders))}")
     train, val = (np.frombuffer(b"".join(files), np.uint8) for files in (train, val))
-    return Corpus("stdlib", train, val, 256)
+    return Corpus(name, train, val, 256)
 
 
 def documents(text, separator):

@@ -102,14 +102,14 @@ def test_memory_files(length, at, cut, bit, tmp_path):
 
 
 @cases(600, seed=SEEDS, length=numbers(30, 400), chunk_size=numbers(12, 40), n_needle=numbers(1, 9),
-       n_value=numbers(1, 9), straddle=st.booleans())
-def test_needles(seed, length, chunk_size, n_needle, n_value, straddle):
+       n_value=numbers(1, 9), anywhere=st.booleans())
+def test_needles(seed, length, chunk_size, n_needle, n_value, anywhere):
     """Every question has one needle of its name before it, and is followed by its value."""
     hypothesis.assume(chunk_size >= NAME + n_value + 4)
     n_needle = min(n_needle, (length - 1 - n_value) // (2 * (chunk_size - 1)))
     hypothesis.assume(n_needle >= 1)
     text, rng = np.full(1000, ord("."), np.uint8), np.random.default_rng(seed)
-    x, y, at = Haystack(chunk_size - 1, n_value, straddle=straddle).batch(text, rng, 2, length, n_needle)
+    x, y, at = Haystack(chunk_size - 1, n_value, anywhere=anywhere).batch(text, rng, 2, length, n_needle)
     assert x.shape == y.shape == (2, length) and (x[:, 1:] == y[:, :-1]).all()
     values = np.take_along_axis(y, at, 1).reshape(2, n_needle, n_value)
     for row, answers in zip(x, values, strict=True):
@@ -120,7 +120,7 @@ def test_needles(seed, length, chunk_size, n_needle, n_value, straddle):
             needle = b"|" + name + b":" + bytes(answer) + b"|"
             assert context.count(needle) == 1 and len(set(answer)) == n_value
             assert context.index(needle) < context.index(b"|?" + name)
-            assert straddle or (context.index(needle) % (chunk_size - 1) + len(needle)) <= chunk_size - 1
+            assert anywhere or (context.index(needle) % (chunk_size - 1) + len(needle)) <= chunk_size - 1
 
 
 @cases(300, seed=SEEDS, rows=numbers(1, 5), n=numbers(1, 8), room=numbers(0, 50), size=numbers(1, 9))

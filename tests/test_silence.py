@@ -565,7 +565,7 @@ def test_the_same_questions_whatever_is_read_at_once(n_value, monkeypatch):
     read, results = Reader(DEVICE), []
     for at_once in (1, 4, 100):
         monkeypatch.setattr(Reader, "contexts_at_once", lambda *_, n=at_once: n)
-        hits = Needles(settings, load_corpus("stdlib")).answers(tiny(), read, 200, 24, 0)
+        hits = Needles(settings, load_corpus("stdlib")).answers(tiny(), read, 200, 3, 24, 0)[0]
         results.append(hits)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 

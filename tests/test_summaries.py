@@ -211,6 +211,27 @@ def test_rouge_takes_the_best_reference():
     assert scores["x_rouge1"] == pytest.approx(50 * (1 + 2 / 3)) and scores["x_rouge2"] == pytest.approx(25)
 
 
+@pytest.mark.parametrize("text", ["собака видит кошку", "ο σκύλος βλέπει", "naïve café", "我们读书", "كلب يرى"])
+def test_rouge_of_text_that_is_not_latin(text):
+    pytest.importorskip("rouge_score")
+    scores = mean_rouge([[text], [text]], [text, "other words"], "")
+    assert scores == pytest.approx(dict(rouge1=50, rouge2=50, rougeL=50))
+
+
+def test_rouge_of_english_is_that_of_the_package():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge2"], use_stemmer=True)
+    texts = "Reads the files' lines, 3 of 4; and writes_them!", "Reading a file line; 3 of 4 written."
+    theirs = scorer.score(*texts)["rouge2"].fmeasure
+    assert mean_rouge([[texts[0]]], [texts[1]], "")["rouge2"] == pytest.approx(100 * theirs)
+
+
+def test_baselines_of_code():
+    code = "@cached\ndef read_theFile(x):\n\tdef inner():\n\t\t\"\"\"Say more.\n\n\t\tMore.\n\t\t\"\"\"\n"
+    assert summaries.words_of_name(code) == "read the file" and summaries.docstring_inside(code) == "Say more."
+    assert summaries.words_of_name("class HTTPServer: pass") == "http server"
+    assert summaries.words_of_name("x = 1") == summaries.docstring_inside("x = 1") == ""
+
+
 def test_train_and_summarize(corpus, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     flags = ["--task", "summaries", "--data", corpus.name, "--seq_len", 400, "--n_summary", 20, "--steps", 4]

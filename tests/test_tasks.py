@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import DEVICE, command
+from helpers import DEVICE, command, tiny
 from model import DRT, DRTConfig, cross_entropy
 from tasks.chains import Chains
 from tasks.haystack import ALPHABETS, Haystack
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import Text, encode_bytes, load_corpus, window_batch
+from tools.reader import Reader
 
 
 def settings(**change):
@@ -59,11 +60,11 @@ def test_contexts_start_short_and_then_are_long():
 
 # ---------------------------------------------------------------- needles
 
-@pytest.mark.parametrize("straddle", [False, True])
+@pytest.mark.parametrize("anywhere", [False, True])
 @pytest.mark.parametrize("length, chunk_size, n_needle", [(128, 16, 3), (131, 20, 3), (1000, 32, 9)])
-def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_size, n_needle):
+def test_needles_and_questions_are_where_they_should_be(anywhere, length, chunk_size, n_needle):
     text, S = np.full(5000, ord("."), np.uint8), chunk_size - 1
-    tokens, labels, answer_at = Haystack(S, 6, straddle=straddle).batch(
+    tokens, labels, answer_at = Haystack(S, 6, anywhere=anywhere).batch(
         text, np.random.default_rng(0), 20, length, n_needle)
     assert tokens.shape == labels.shape == (20, length) and answer_at.shape == (20, n_needle * 6)
     assert (labels[:, :-1] == tokens[:, 1:]).all()
@@ -76,16 +77,16 @@ def test_needles_and_questions_are_where_they_should_be(straddle, length, chunk_
             assert context[first - 6:first] == b"|?" + name and len(set(value)) == 6 and min(value) >= 128
             place = context.index(b"|" + name + b":" + value + b"|")       # exactly one, before all questions
             assert place + 13 <= (firsts[0] // S - 1) * S and context.count(b"|" + name) == 1
-            assert straddle or place // S == (place + 12) // S
+            assert anywhere or place // S == (place + 12) // S
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 @pytest.mark.parametrize("path", ["joined", "spread", "late"])
-@pytest.mark.parametrize("straddle", [False, True])
-def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, straddle):
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, anywhere):
     """Needles |a:b| and |b:c|; then |?a ends a chunk, :b opens a later one, :c follows or opens one more."""
     text, S, alphabet = np.full(5000, 7), 15, ALPHABETS[tokenizer]
-    chains = Chains(S, 6, alphabet, straddle, path)
+    chains = Chains(S, 6, alphabet, anywhere, path)
     tokens, labels, answer_at = chains.batch(text, np.random.default_rng(0), 9, 400, 5)
     assert answer_at.shape == (9, 5 * 12)
     answer_at = answer_at.reshape(9, 5, 2, 6)
@@ -106,7 +107,7 @@ def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, straddle):
                 place = context.index(f"{bar}{a}{colon}{b}{bar}")
                 assert context.count(f"{bar}{a}{colon}") == 1 and place < min(answer[:, 0, 0]) - S
                 assert context.count(f"{bar}{ask}{name}") == 1
-                assert straddle or place // S == (place + 14) // S
+                assert anywhere or place // S == (place + 14) // S
         assert len(starts) == 5
     room = dict(joined=6, spread=6, late=5)[path]
     assert chains.questions_in(400, 99) == room and chains.questions_in(59, 99) == (path == "joined")
@@ -167,3 +168,21 @@ def test_scores_of_a_model_that_knows_the_answers():
 
 def test_show_an_example():
     assert command("-m", "tasks.needles").stdout.count("|?") == 3
+
+
+@pytest.mark.parametrize("kind, path", [("multi", "joined"), ("multihop", "spread"), ("multihop", "late")])
+@torch.no_grad()
+def test_answers_are_written_from_the_tokens_that_the_model_wrote(kind, path):
+    """Against forward, a token at a time; the second colon of a path and the text between are given."""
+    task = Needles(settings(needle=kind, path=path, n_value=3), load_corpus("stdlib"))
+    model, offsets = tiny(), task.haystack.answer_offsets
+    tokens, _, answer_at = task.haystack.batch(task.corpus.val, np.random.default_rng(0), 2, 200, 2)
+    tokens, firsts = torch.from_numpy(tokens).to(DEVICE), answer_at[0].reshape(2, -1)[:, 0]
+    given = firsts - offsets[0]                                             # where the parts are counted from
+    written = Reader(DEVICE).write(model, tokens, firsts.tolist(), (offsets - offsets[0]).tolist())
+    for q in range(2):
+        text = tokens.clone()
+        for i, at in enumerate(given[q] + offsets):
+            new = model(text[:, :at + 1])[0][:, -1].argmax(-1)
+            assert torch.equal(written[:, q, i], new)
+            text[:, at + 1] = new                                           # what it wrote is what it reads

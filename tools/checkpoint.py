@@ -48,6 +48,8 @@ def load_checkpoint(path, device, parts=PARTS):
     model = DRT(config).to(device)
     model.load_state_dict(weights)
     state["model"] = weights
+    if "straddle" in state.get("settings", {}):                 # what --anywhere was called
+        state["settings"]["anywhere"] = state["settings"].pop("straddle")
     if "tokenizer" in state:
         model.newline = NEWLINES.get(state["tokenizer"], 0)     # what fast.generate pads prompts with
     return model.eval(), state

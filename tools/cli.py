@@ -250,7 +250,7 @@ def check_arguments(args):
     """ValueError for numbers out of their ranges and files that cannot be written, found before the work."""
     require(0 <= getattr(args, "seed", 0) < 2 ** 63, "--seed must be in 0 .. 2 ** 63 - 1, got {}",
             getattr(args, "seed", 0))
-    for name in ("questions", "n_needle", "tokens", "places", "documents"):
+    for name in ("questions", "tokens", "places", "documents"):
         value = getattr(args, name, None)
         require(value is None or 1 <= value <= 10 ** 6, f"--{name} must be in 1 .. 1000000, got {value}")
     read = [getattr(args, "file", None), *np.atleast_1d(getattr(args, "ckpt", None))]

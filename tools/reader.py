@@ -95,6 +95,31 @@ class Reader:
             fast.check(model)
             self.checked.add(model)
 
+    @torch.no_grad()
+    def write(self, model, tokens, firsts, offsets):
+        """What the model writes at `offsets` from each of `firsts`, from its own tokens: (B, n, offsets).
+
+        tokens (B, T); what lies between the offsets is given. By fast/, as one memory that forks.
+        """
+        start, written = time.perf_counter(), []
+        with cli.autocast(self.device, self.dtype):
+            self.check(model)
+            memory, done = fast.Memory(model, len(tokens)), 0
+            for first in firsts:
+                fast.read(model, tokens[:, done:first], memory, "last")
+                here, token, answer = memory.fork(), tokens[:, first], []
+                for i in range(offsets[-1] + 1):
+                    logits = fast.read(model, token[:, None], here, "last")
+                    token = tokens[:, first + i + 1] if i < offsets[-1] else token
+                    if i in offsets:
+                        token = logits.argmax(-1)
+                        answer.append(token)
+                written.append(torch.stack(answer, dim=1))
+                done = first
+            synchronize(self.device)
+        self.seconds, self.tokens = self.seconds + time.perf_counter() - start, self.tokens + tokens.numel()
+        return torch.stack(written, dim=1)
+
     def generate(self, model, prompts, n, stop):
         """What follows each prompt, greedily: lists of at most n tokens, which end before `stop`.
 
