@@ -211,7 +211,7 @@ def test_rouge_takes_the_best_reference():
     assert scores["x_rouge1"] == pytest.approx(50 * (1 + 2 / 3)) and scores["x_rouge2"] == pytest.approx(25)
 
 
-@pytest.mark.parametrize("text", ["собака видит кошку", "ο σκύλος βλέπει", "naïve café", "我们读书", "كلب يرى"])
+@pytest.mark.parametrize("text", ["собака видит кошку", "ο σκύλος", "naïve café", "我们读书", "كلب يرى"])
 def test_rouge_of_text_that_is_not_latin(text):
     pytest.importorskip("rouge_score")
     scores = mean_rouge([[text], [text]], [text, "other words"], "")
@@ -226,8 +226,9 @@ def test_rouge_of_english_is_that_of_the_package():
 
 
 def test_baselines_of_code():
-    code = "@cached\ndef read_theFile(x):\n\tdef inner():\n\t\t\"\"\"Say more.\n\n\t\tMore.\n\t\t\"\"\"\n"
-    assert summaries.words_of_name(code) == "read the file" and summaries.docstring_inside(code) == "Say more."
+    code = "@cached\ndef read_theFile(x):\n\tdef y():\n\t\t'''Say more.\n\n\t\tX.'''\n"
+    assert summaries.words_of_name(code) == "read the file"
+    assert summaries.docstring_inside(code) == "Say more."
     assert summaries.words_of_name("class HTTPServer: pass") == "http server"
     assert summaries.words_of_name("x = 1") == summaries.docstring_inside("x = 1") == ""
 
