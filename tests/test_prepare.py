@@ -137,7 +137,7 @@ def test_installed_packages_become_a_corpus(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     prepare.main(["packages", "--out", str(tmp_path / "code"), "--tokenizer", "bytes"])
     said, first = capsys.readouterr().out, [*splits["test"]][0]
-    assert re.search(rf"test, tokens, and how many of their 8-grams are in train: {first} [\d,]+ \d+%", said)
+    assert re.search(rf"test, tokens, and how many of their 32-grams are in train: {first} [\d,]+ \d+%", said)
     corpus = load_corpus(tmp_path / "code")
     assert corpus.names == {split: list(texts) for split, texts in splits.items()}
     assert corpus.describe()["documents"] == [*splits["test"]]

@@ -188,9 +188,11 @@ def prepare_packages(out, tokenizer, most):
     for split in ("val", "test"):
         text = getattr(corpus, split)
         starts, sizes = documents(text, load_tokenizer(tokenizer).separator)
-        shares = packages.overlaps(corpus.train, [text[i:i + n] for i, n in zip(starts, sizes, strict=True)])
+        gram = 8 if tokenizer == "gpt2" else 32                 # of bytes
+        each = [text[i:i + n] for i, n in zip(starts, sizes, strict=True)]
+        shares = packages.overlaps(corpus.train, each, gram)
         named = zip(corpus.names[split], sizes, shares, strict=True)
-        cli.say(f"{split}, tokens, and how many of their 8-grams are in train: "
+        cli.say(f"{split}, tokens, and how many of their {gram}-grams are in train: "
                 + ", ".join(f"{name} {n:,} {share:.0%}" for name, n, share in named))
 
 
