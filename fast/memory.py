@@ -187,7 +187,7 @@ class Memory:
         require(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
         require(capacity is None or capacity >= 1, f"capacity must be at least 1, got {capacity}")
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
-        self.weights = state_of(model)                          # those that wrote this memory
+        self.state = State(model)                               # of the weights that wrote this memory
         self.device = model.embedding.weight.device
         if offload and self.device.type != "cuda":
             warnings.warn("offload changes nothing: the model is on the CPU", stacklevel=2)
@@ -275,7 +275,7 @@ class Memory:
                 f"and {tokens.shape[1]} more were to be read")
 
     def check_weights(self):
-        require(self.weights == state_of(self.model), "memory must be of the model's weights and settings as "
+        require(not self.state.has_changed(), "memory must be of the model's weights and settings as "
                 "they are: they have changed since it was begun; read the text again")
 
     def fork(self):
@@ -395,15 +395,25 @@ def holds_its_length(state, config):
             and all(shapes_of(state[name]) == shape for name, shape in shapes.items()))
 
 
-def state_of(model):
-    """What differs as soon as weights or settings have changed, were replaced or moved, at next to no cost.
+class State:
+    """Of a model's weights and settings: whether they are what they were, at next to no cost.
 
-    torch counts a tensor's changes, but not those by a fused optimizer: hence one number of each.
+    torch counts a tensor's changes, but not those by a fused optimizer: hence one number of each, too.
     """
-    tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
-    versions = [0 if x.is_inference() else x._version for x in tensors]
-    first = torch.stack([x[(0,) * x.dim()] for x in tensors]).tolist()
-    return sum(versions), [x.data_ptr() for x in tensors], first, asdict(model.config)
+
+    def __init__(self, model):
+        self.model = model
+        self.first = [x.detach()[(0,) * x.dim()] for x in (*model.parameters(), *model.buffers())]  # views
+        self.before = self.now()
+
+    def now(self):
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        versions = [0 if x.is_inference() else x._version for x in tensors]
+        places = [x.data_ptr() for x in tensors]
+        return sum(versions), places, torch.stack(self.first).nan_to_num().tolist(), dict(vars(self.model.config))
+
+    def has_changed(self):
+        return self.now() != self.before
 
 
 def fingerprint(model):
