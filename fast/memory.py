@@ -409,8 +409,8 @@ class State:
     def now(self):
         tensors = [*self.model.parameters(), *self.model.buffers()]
         versions = [0 if x.is_inference() else x._version for x in tensors]
-        places = [x.data_ptr() for x in tensors]
-        return sum(versions), places, torch.stack(self.first).nan_to_num().tolist(), dict(vars(self.model.config))
+        numbers = torch.stack(self.first).nan_to_num().tolist()
+        return versions, [x.data_ptr() for x in tensors], numbers, dict(vars(self.model.config))
 
     def has_changed(self):
         return self.now() != self.before
