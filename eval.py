@@ -44,9 +44,10 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
     try:
         for name, model in models.items():
             read.reset()
-            table = task.measure(model, read, lengths, n, seed, **options)
+            table, numbers = task.measure(model, read, lengths, n, seed, **options), read.numbers()
             for row in tqdm(table, name, leave=False, unit="row", disable=None):       # only on a terminal
-                rows.append(dict(model=name) | row | read.numbers())
+                numbers = read.numbers() if read.tokens else numbers        # of several rows at once
+                rows.append(dict(model=name) | row | numbers)
                 if not sys.stderr.isatty():                                 # no bar: a line in the log
                     first = next(iter(row.values()))
                     cli.say(f"{name}: {first} measured, {read.seconds:.0f} s", sys.stderr)
@@ -107,8 +108,10 @@ def run_niah(args, device):
 
 def ppl_flags(parser):
     parser.add_argument("--by", choices=["length", "document", "copy"], default="length",
-                        help="a row for each length of the context, for each document, or by how far back "
-                        "the 4-gram that ends in a token was last seen (%(default)s)")
+                        help="a row for each length of the context; for each document, with the ratio to "
+                        "the first model's perplexity, 95%% of bootstraps (low, high), and in how many it is "
+                        "lower; or for tokens by how far back the 4-gram that ends in them was last seen: in "
+                        "the window, in twice the window, beyond (%(default)s)")
     parser.add_argument("--lengths", type=cli.numbers, metavar="N,N,..", help="tokens of context; default: "
                         "64, 256, .. 65536; by document and copy the training length")
     parser.add_argument("--places", type=int, help="places where tokens are scored: 64 on a GPU, 8 on a CPU; "
@@ -127,8 +130,8 @@ def run_ppl(args, device):
         corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
         check_corpus(corpus, saved, path, args.data)
         is_drt = model.config.n_group > 0
-        require(is_drt or "oracle" not in (args.retriever or []),
-                f"--retriever oracle: {path} must be of a DRT: a base LM retrieves nothing")
+        require(is_drt or not args.retriever or len(args.ckpt) > 1,
+                f"--retriever: {path} must be of a DRT: a base LM retrieves nothing")
         for retriever in args.retriever if args.retriever and is_drt else [model.config.retriever]:
             name = names[path] + f", {retriever}" * (is_drt and len(args.retriever or []) > 1)
             models[name] = copy.copy(model)                                 # the same weights

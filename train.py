@@ -31,7 +31,7 @@ from tools.settings import setup
 @dataclass
 class TrainConfig:
     task: str = "needles"           # needles: find named values; text: model language; summaries: write them
-    data: str = "stdlib"            # the text: stdlib, or a folder that tools.prepare made
+    data: str = "stdlib"            # the text: stdlib, packages, or a folder that tools.prepare made
     start_len: int = 64             # tokens in a context at first (text: for 40% of the steps); 0: seq_len
     seq_len: int = 128              # tokens in a context (at last)
     batch_size: int = 64            # contexts in a batch, over all GPUs

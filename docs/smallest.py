@@ -1,8 +1,8 @@
-"""The smallest model that retrieves: `python docs/smallest.py`, half a minute on a CPU.
+"""The smallest model that retrieves: `python docs/smallest.py`, a minute on a CPU.
 
-A text is chunks of 8 tokens, each with a name and its value: 0 name value value value . . . The last chunk
-but one asks for a name, and the last one has to begin with its value. The window is the chunk itself: what
-the last chunk knows of the value, it has read through gca(). Which chunk to retrieve, nobody says.
+A text is chunks of 8 tokens, each with a name, its value and filler: 0 name value value value . . . The
+second-to-last chunk asks for a name, 1 name 1 1 1 1 1 1, and the last one has to begin with its value. The
+window is the chunk itself, so what the last chunk knows of the value, it has read through gca().
 """
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ class Smallest(nn.Module):
         best, indices = scores.topk(K)                                                  # (B, C, K)
         empty = best == float("-inf")                                   # the first chunks have none before
         weights = best.masked_fill(empty, -1e9).softmax(-1).masked_fill(empty, 0)
-        weights = F.pad(weights, (0, 0, 1, -1))                                         # t -> t + 1
+        weights = F.pad(weights, (0, 0, 1, -1))                         # what t retrieved serves t + 1
         indices = F.pad(indices.masked_fill(empty, -1), (0, 0, 1, -1), value=-1)
 
         # GCA: tokens read the K chunks, and add up what they read by the weights. So scores have a gradient.
@@ -58,7 +58,7 @@ def texts(B, C):
     x[:, :, 0] = 0
     x[:, :, 1] = 2 + torch.rand(B, VOCAB - 2).argsort(1)[:, :C]         # all names of a text differ
     asked = x[torch.arange(B), torch.randint(C - 2, (B,))]              # (B, S): one chunk of each text
-    x[:, -2], x[:, -2, -1], x[:, -1, 1:4] = 1, asked[:, 1], asked[:, 2:5]
+    x[:, -2], x[:, -2, 1], x[:, -1, 1:4] = 1, asked[:, 1], asked[:, 2:5]
     return x, asked[:, 2:5]
 
 
@@ -66,7 +66,7 @@ torch.manual_seed(0)
 model = Smallest()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for step in range(1, 301):
-    x, value = texts(128, 8)
+    x, value = texts(128, 8 if step <= 200 else 32)                     # few chunks to choose from at first
     logits = model(x)[:, -1, :3]                                        # position i predicts token i + 1
     loss = F.cross_entropy(logits.flatten(0, 1), value.flatten())
     optimizer.zero_grad()
@@ -75,6 +75,6 @@ for step in range(1, 301):
     if step % 50 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 for C in (8, 64, 512):                                                  # chunks
-    x, value = texts(16, C)
+    x, value = texts(64, C)
     right = (model(x)[:, -1, :3].argmax(-1) == value).all(1).float().mean()
     print(f"{C * S:,} tokens: {right:.0%} of the values copied")

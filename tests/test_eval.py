@@ -9,7 +9,7 @@ import eval as evaluation
 from fast.speed import FullText
 from helpers import DEVICE, command, refused
 from model import DRT, DRTConfig
-from tools import reader
+from tools import plot, reader
 
 ON = "--device", DEVICE.type
 
@@ -150,8 +150,9 @@ def test_sample(run, tmp_path, capsys):
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    for key in ("token_accuracy", "perplexity"):
-        rows = [dict(model="a", length=2 ** i) | {key: 9.0 + i} for i in range(3)]
+    for key in ("exact_match", "perplexity"):
+        rows = [dict(model="a", length=2 ** i, needles=n) | {key: 9.0 + i} for n in (3, 9) for i in range(3)]
+        assert [*plot.curves(dict(x=rows))] == ["a, 3 needles", "a, 9 needles"]
         (tmp_path / "report.json").write_text(json.dumps(dict(rows=rows)))
         measure("plot", tmp_path / "report.json", "--out", tmp_path / f"{key}.png")
         assert (tmp_path / f"{key}.png").stat().st_size > 5000

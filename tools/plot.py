@@ -41,7 +41,7 @@ def kind_of(rows):
     return next(key for key in ("document", "last_seen", *PANELS) if key in rows[0])
 
 
-PANELS = dict(token_accuracy="answer tokens right, %", perplexity="perplexity",
+PANELS = dict(exact_match="whole answers right, %", perplexity="perplexity",
               read_tokens_per_second="tokens read per second", peak_gpu_gib="GPU memory, GiB",
               ms_per_new_token="ms per new token")
 
@@ -74,7 +74,7 @@ def draw(reports, path):
         axis.legend()
         save(figure, path)
         return
-    is_speed = kind not in ("token_accuracy", "perplexity")
+    is_speed = kind not in ("exact_match", "perplexity")
     keys = [kind] if not is_speed else [
         key for key in [*PANELS][2:] if any(row[key] for rows in tables.values() for row in rows)]
     figure, axes = plt.subplots(1, len(keys), figsize=(8, 3.6) if len(keys) == 1 else (11, 3.4),
@@ -85,7 +85,7 @@ def draw(reports, path):
             axis.plot([row["length"] for row in rows], [row[key] for row in rows], style,
                       label=name.replace("$", r"\$"))
         axis.set(xscale="log", xlabel="tokens of context", ylabel=PANELS[key])
-        if key == "token_accuracy":
+        if key == "exact_match":
             axis.set(ylim=(-3, 103))
         elif key != "perplexity":
             axis.set(yscale="log")
@@ -101,12 +101,13 @@ def draw_ratios(axis, tables):
         rows = sorted(rows[:-1], key=lambda row: row["ratio"])                  # the last one is their mean
         ratios = [row["ratio"] for row in rows]
         errors = [[row["ratio"] - row["low"] for row in rows], [row["high"] - row["ratio"] for row in rows]]
-        at = [x + 0.15 * i for x in range(len(rows))]
+        if i == 0:
+            names = [row["document"] for row in rows]                           # the others in its order
+            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+        at = [names.index(row["document"]) + 0.15 * i for row in rows]
         axis.errorbar(at, ratios, errors, fmt="o", label=name.replace("$", r"\$"))
-        if len(others) == 1:
-            axis.set_xticks(at, [row["document"] for row in rows], rotation=45, ha="right", fontsize=7)
     axis.axhline(1, color="gray")
-    axis.set(xlabel="documents", ylabel=f"perplexity over that of {first}")
+    axis.set(ylabel=f"perplexity over that of {first}")
 
 
 def draw_copies(axis, tables):
@@ -128,12 +129,19 @@ def save(figure, path):
 
 
 def curves(tables):
-    """{label: rows} of each model; the report's name is part of the label where two have the same name."""
+    """{label: rows} of each model; the report's name is part of the label where two have the same name.
+
+    And so is the number of needles, where a model's rows have several.
+    """
     names, curves = run_names(tables), {}
     models = [(report, model) for report, rows in tables.items()
               for model in dict.fromkeys(row.get("model", "") for row in rows)]
     for report, model in models:
         is_unique = model and sum(model == other for _, other in models) == 1
         label = model if is_unique else f"{names[report]}: {model}" if model else names[report]
-        curves[label] = [row for row in tables[report] if row.get("model", "") == model]
+        rows = [row for row in tables[report] if row.get("model", "") == model]
+        needles = [*dict.fromkeys(row.get("needles") for row in rows)]
+        for n in needles:
+            name = f"{label}, {n} needles" if len(needles) > 1 else label
+            curves[name] = [row for row in rows if row.get("needles") == n]
     return curves

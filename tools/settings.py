@@ -21,7 +21,7 @@ from tasks.summaries import SummaryConfig
 from tasks.text import load_corpus, load_tokenizer
 from tools import cli
 from tools.checkpoint import RUN_PARTS, check_first, check_space, load_checkpoint, load_run, shapes
-from tools.run import Ranks, Run, flops_per_token, prepare_folder
+from tools.run import Ranks, Run, flops_per_token, lock, prepare_folder
 
 CHOICES = dict(task=[*TASKS, *PAPER_NAMES], needle=KINDS, path=PATHS, retriever=RETRIEVERS,
                dtype=["auto", *cli.DTYPES])
@@ -45,6 +45,8 @@ def setup(TrainConfig, presets, argv):
     device = cli.pick_device(args.device)
     ranks = Ranks(device)
     require(not (args.resume and args.init_from), "--init_from must be left out with --resume")
+    if args.resume and ranks.rank == 0 and (args.out / ".lock").exists():
+        lock(args.out).close()                      # is a run at work there?
     saved = load_run(args.out, device) if args.resume else None
     first = load_checkpoint(args.init_from, device, RUN_PARTS)[1] if args.init_from else None
     preset = presets[args.preset or default_preset(device)]
