@@ -66,7 +66,7 @@ torch.manual_seed(0)
 model = Smallest()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for step in range(1, 301):
-    x, value = texts(128, 8 if step <= 200 else 32)                     # few chunks to choose from at first
+    x, value = texts(128, 8 if step <= 200 else 16)                     # few chunks to choose from at first
     logits = model(x)[:, -1, :3]                                        # position i predicts token i + 1
     loss = F.cross_entropy(logits.flatten(0, 1), value.flatten())
     optimizer.zero_grad()
@@ -75,6 +75,6 @@ for step in range(1, 301):
     if step % 50 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 for C in (8, 64, 512):                                                  # chunks
-    x, value = texts(64, C)
+    x, value = texts(16, C)
     right = (model(x)[:, -1, :3].argmax(-1) == value).all(1).float().mean()
     print(f"{C * S:,} tokens: {right:.0%} of the values copied")

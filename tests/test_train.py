@@ -291,7 +291,7 @@ def test_no_room_for_checkpoints_is_found_before_the_first_step(tmp_path, monkey
     ("--chunk_size 1", "chunk_size must be in 2 .. 10000000, got 1"),
     ("--chunk_size 12", "chunk_size must be at least 14 to hold a needle with a value of 6 bytes, got 12"),
     ("--seq_len 30", "seq_len must be at least 37 for a needle and its question in chunks of 16, got 30"),
-    ("--data nowhere", "--data must be 'stdlib' or a folder that `python -m tools.prepare` made"),
+    ("--data nowhere", "--data must be 'stdlib', 'packages' or a folder that `python -m tools.prepare` made"),
     ("--steps x", "argument --steps: invalid int value: 'x'"),
     ("--softmax_one maybe", "argument --softmax_one: must be true or false, got 'maybe'"),
     ("--steps 0", "--steps must be positive, got 0"),
