@@ -29,7 +29,7 @@ from tasks import PAPER_NAMES
 from tasks.needles import KINDS, NeedleConfig, Needles
 from tasks.summaries import Summaries, SummaryConfig, rouge_scorer
 from tasks.text import Text, load_corpus, load_tokenizer
-from tools import cli, plot, trace
+from tools import cli, plot, report, trace
 from tools.checkpoint import RUN_PARTS, check_corpus, load_checkpoint
 from tools.reader import Reader
 
@@ -54,7 +54,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
                 read.reset()
     finally:                                            # also if memory or patience did not last to the end
         if rows:
-            cli.print_table(rows)
+            report.print_table(rows)
     return rows
 
 
@@ -241,7 +241,7 @@ def main(argv=None):
     torch.manual_seed(getattr(args, "seed", 0))
     settings, rows = COMMANDS[args.command][1](args, device)
     if rows and args.json:
-        cli.save_report(args.json, settings, device, rows)
+        report.save_report(args.json, settings, device, rows)
 
 
 if __name__ == "__main__":

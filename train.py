@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))          # also with PYTHONSAFEPATH
 
 import eval as evaluation
-from tools import cli
+from tools import cli, report
 from tools.checkpoint import load_checkpoint, load_optimizer
 from tools.reader import Reader
 from tools.settings import setup
@@ -180,10 +180,10 @@ def final_table(out, task, device, config):
     """What the checkpoint can do, on the terminal and in niah.json, ppl.json or summaries.json."""
     model, saved = load_checkpoint(out / "ckpt.pt", device)
     print(f"\n{out}/ckpt.pt and log.csv are written; now to {task.REPORT}, which eval.py can make again.")
-    print(f"{task.TITLE} ({cli.hardware(device)}):")
+    print(f"{task.TITLE} ({report.hardware(device)}):")
     read = Reader(device, cli.pick_dtype(config.dtype, device), config.fast)
     rows = evaluation.measure(task, {out.absolute().name: model}, read)
-    cli.save_report(out / task.REPORT, saved["settings"] | task.measured_on(), device, rows)
+    report.save_report(out / task.REPORT, saved["settings"] | task.measured_on(), device, rows)
     print(f"{out}/{task.REPORT} is written.")
 
 

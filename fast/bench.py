@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fast.gca  # noqa: F401 (it adds the backend "fast")
 from gca import copy_retrieved, gca, gca_reference, triton
-from tools import cli
+from tools import cli, report
 
 
 def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, retrieval="uniform"):
@@ -170,7 +170,7 @@ def main(argv=None):
         return print("Nothing can be timed without a GPU. `python gca.py` checks the kernels on any machine.")
     rows = benchmark(SHAPES)
     if args.json:
-        cli.save_report(args.json, {}, torch.device("cuda"), rows)
+        report.save_report(args.json, {}, torch.device("cuda"), rows)
 
 
 if __name__ == "__main__":

@@ -275,8 +275,8 @@ class Memory:
                 f"and {tokens.shape[1]} more were to be read")
 
     def check_weights(self):
-        require(not self.state.has_changed(), "memory must be of the model's weights and settings as "
-                "they are: they have changed since it was begun; read the text again")
+        require(self.state.now() == self.state.before, "memory must be of the model's weights and settings: "
+                "they have changed since it was begun; read the text again")
 
     def fork(self):
         """A memory that goes its own way from here. The chunks read so far are shared, not copied.
@@ -411,9 +411,6 @@ class State:
         versions = [0 if x.is_inference() else x._version for x in tensors]
         numbers = torch.stack(self.first).nan_to_num().tolist()
         return versions, [x.data_ptr() for x in tensors], numbers, dict(vars(self.model.config))
-
-    def has_changed(self):
-        return self.now() != self.before
 
 
 def fingerprint(model):

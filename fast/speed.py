@@ -15,7 +15,7 @@ from fast.short import Graphs
 from fast.stream import read, segment_length
 from gca import require
 from model import DRT, DRTConfig
-from tools import cli
+from tools import cli, report
 from tools.checkpoint import load_checkpoint
 
 FULL_ATTENTION_LIMIT = 2 ** 18              # its reading time grows with the square of the length
@@ -42,11 +42,11 @@ def run(args, device):
         config = DRTConfig(**{name: getattr(args, name) for name in names})
         model, weights = DRT(config).to(device).eval(), "random weights"
     dtype = cli.pick_dtype(args.dtype, device)
-    print(f"{cli.hardware(device)}; {weights}, {str(dtype)[6:]}; batch 1")
+    print(f"{report.hardware(device)}; {weights}, {str(dtype)[6:]}; batch 1")
     model = fast.apply(model.to(dtype))
     fast.check(model)
     rows = [*speed(model, args.lengths, args.tokens, args.offload, args.compare, args.seed)]
-    cli.print_table(rows)
+    report.print_table(rows)
     return dict(vars(model.config), weights=weights), rows
 
 
@@ -169,4 +169,4 @@ def speed(model, lengths, n_new, offload, compare, seed):
                 model=name, parameters=sum(p.numel() for p in subject.parameters()), length=length,
                 read_seconds=seconds, read_tokens_per_second=length / seconds, ms_per_new_token=ms,
                 memory_gpu_gib=size["gpu"] / 2 ** 30, memory_cpu_gib=size["cpu"] / 2 ** 30,
-                cache_hits_percent=hit_rate, **cli.peak_memory(weight.device))
+                cache_hits_percent=hit_rate, **report.peak_memory(weight.device))

@@ -14,7 +14,7 @@ import eval as evaluation
 import fast
 import train
 from helpers import DEVICE, ROOT, TEXT_FLAGS, command, log_of, random_tokens, refused, tiny
-from tools import cli
+from tools import cli, report
 from tools.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up_leaves_the_memory_file_before(tmp_path):
 
 def test_a_report_is_whole_or_not_there(tmp_path):
     with full_disk(100), pytest.raises(OSError):
-        cli.save_report(tmp_path / "x.json", {}, DEVICE, [dict(length=1)])
+        report.save_report(tmp_path / "x.json", {}, DEVICE, [dict(length=1)])
     assert not list(tmp_path.iterdir())
 
 

@@ -104,6 +104,11 @@ def test_a_table_by_document_and_one_by_copy(text_run, tmp_path, capsys):
     evaluation.main([*line, "--by", "copy"])
     rows = json.loads((tmp_path / "ppl.json").read_text())["rows"]
     assert [row["last_seen"] for row in rows[:4]] == ["never", "up to 16 ago", "up to 32", "further back"]
+    windows = [corpus.val[i:i + 201] for start, n in zip(*documents(corpus.val, 0), strict=True) if n > 200
+               for i in start + np.linspace(0, n - 201, 3).astype(int)]
+    back = np.concatenate([perplexity.last_seen(x)[101:] for x in windows])
+    counts = [(back == 0).sum(), ((0 < back) & (back <= 16)).sum(), ((16 < back) & (back <= 32)).sum()]
+    assert [row["scored"] for row in rows[:3]] == counts and min(counts) > 0
     for table in (rows[:4], rows[4:8], rows[8:]):
         assert sum(row["share"] for row in table) == pytest.approx(1)
         assert sum(row["scored"] for row in table) == 6 * 100

@@ -1,14 +1,10 @@
-"""What all command lines share: flags from dataclasses, mistakes in one line, tables and reports."""
+"""What all command lines share: mistakes in one line, signals, flags from dataclasses, devices."""
 import argparse
 import functools
 import inspect
 import itertools
-import json
 import os
-import platform
-import resource
 import signal
-import subprocess
 import sys
 import threading
 import traceback
@@ -19,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fast.files import atomic_file
-from gca import Mistake, require, triton
+from gca import Mistake, require
 
 # ---------------------------------------------------------------- how a program ends
 
@@ -246,6 +241,16 @@ def add_text(parser):
     return text
 
 
+def check_writable(flag, path):
+    """ValueError if no file can be written at this path (None: no file): found before the work, not after."""
+    if not path:
+        return
+    folder = path.absolute().parent
+    require(folder.is_dir(), f"{flag}: no folder {path.parent} to write {path.name} to")
+    require(path.is_file() or not path.exists(), f"{flag}: {path} must be a file, it is a folder or a device")
+    require(os.access(folder, os.W_OK), f"{flag}: no permission to write to {folder}")
+
+
 def check_arguments(args):
     """ValueError for numbers out of their ranges and files that cannot be written, found before the work."""
     require(0 <= getattr(args, "seed", 0) < 2 ** 63, "--seed must be in 0 .. 2 ** 63 - 1, got {}",
@@ -351,67 +356,10 @@ class BestEffort:
             self.stream.flush()
 
 
-def autocast(device, dtype):
-    """Compute in dtype; float32 is no autocast."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-# ---------------------------------------------------------------- tables and reports
-
-def hardware(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def peak_memory(device):
-    gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else 0.0
-    return dict(peak_gpu_gib=gpu, peak_cpu_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-
-
 def visible(text):                      # one line, and nothing that a terminal would obey
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def print_table(rows):
-    """Rows are dicts with the same keys; the keys are the header. GPU memory only where there is a GPU."""
-    def text(x):
-        if isinstance(x, str):
-            return x
-        return f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if x >= 1000 else f"{x:.2f}"
-
-    names = [name for name in rows[0] if name != "peak_gpu_gib" or any(row[name] for row in rows)]
-    table = [names] + [[text(row[name]) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        say("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-
-
-def check_writable(flag, path):
-    """ValueError if no file can be written at this path (None: no file): found before the work, not after."""
-    if not path:
-        return
-    folder = path.absolute().parent
-    require(folder.is_dir(), f"{flag}: no folder {path.parent} to write {path.name} to")
-    require(path.is_file() or not path.exists(), f"{flag}: {path} must be a file, it is a folder or a device")
-    require(os.access(folder, os.W_OK), f"{flag}: no permission to write to {folder}")
-
-
-def save_report(path, settings, device, rows):
-    """Write what was measured, and on what, as JSON; whole, or not at all."""
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                    triton=triton and triton.__version__)
-    report = dict(settings=settings, hardware=hardware(device), versions=versions, commit=commit(), rows=rows)
-    with atomic_file(path) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
-
-
-def commit():
-    """The commit of this checkout, with a + if files have changed since; None outside of a checkout."""
-    line = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
-    try:                        # without locks: killed, git would leave one in the checkout
-        done = subprocess.run(line, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
-        head, *others = done.stdout.splitlines()                        # "# branch.oid ..", and changed files
-        return head.split()[2][:12] + "+" * any(not line.startswith("#") for line in others)
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return None
+def autocast(device, dtype):
+    """Compute in dtype; float32 is no autocast."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from gca import require
-from tasks.text import text_files
+from tasks.text import documents as find_documents
+from tasks.text import load_tokenizer, text_files
 
 LEAST = 80_000              # characters of a package: about 16,000 tokens
 HELD_OUT = 0.1, 0.33        # share of all characters that is measured on; the second where packages are few
@@ -159,3 +160,15 @@ def overlaps(train, documents, n=8, bits=26):
         at = np.searchsorted(wanted, h).clip(max=len(wanted) - 1)
         found[at[wanted[at] == h]] = True
     return [found[np.searchsorted(wanted, x)].mean() if len(x) else 0.0 for x in grams]
+
+
+def overlap_in_words(corpus):
+    """A line for each split that is measured on: its packages, their tokens, and overlaps()."""
+    gram = 8 if corpus.tokenizer == "gpt2" else 32              # tokens, or bytes
+    for split in ("val", "test"):
+        text = getattr(corpus, split)
+        starts, sizes = find_documents(text, load_tokenizer(corpus.tokenizer).separator)
+        each = [text[i:i + n] for i, n in zip(starts, sizes, strict=True)]
+        named = zip(corpus.names[split], sizes, overlaps(corpus.train, each, gram), strict=True)
+        yield (f"{split}, tokens, and how many of their {gram}-grams are in train: "
+               + ", ".join(f"{name} {n:,} {share:.0%}" for name, n, share in named))

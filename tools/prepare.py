@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))   # also as `python tools/
 
 from fast.files import atomic_file
 from gca import Mistake, require
-from tasks.text import documents, load_corpus, load_tokenizer, text_files
+from tasks.text import load_corpus, load_tokenizer, text_files
 from tools import cli, packages, pairs
 
 # ---------------------------------------------------------------- a folder of text -> a corpus
@@ -184,16 +184,8 @@ def prepare_packages(out, tokenizer, most):
         identity = [(name, digest(text.encode())) for name, text in texts.items()]
         work[split] = texts.values(), len(texts), identity
     prepare(work, out, tokenizer, names={split: list(texts) for split, texts in splits.items()})
-    corpus = load_corpus(str(out))
-    for split in ("val", "test"):
-        text = getattr(corpus, split)
-        starts, sizes = documents(text, load_tokenizer(tokenizer).separator)
-        gram = 8 if tokenizer == "gpt2" else 32                 # of bytes
-        each = [text[i:i + n] for i, n in zip(starts, sizes, strict=True)]
-        shares = packages.overlaps(corpus.train, each, gram)
-        named = zip(corpus.names[split], sizes, shares, strict=True)
-        cli.say(f"{split}, tokens, and how many of their {gram}-grams are in train: "
-                + ", ".join(f"{name} {n:,} {share:.0%}" for name, n, share in named))
+    for line in packages.overlap_in_words(load_corpus(str(out))):
+        cli.say(line)
 
 
 def prepare_pairs(splits, out, tokenizer):

@@ -10,7 +10,7 @@ from fast.speed import synchronize, warm_up
 from fast.stream import segment_length
 from model import WholeText, retrieve, softmax_of_filled
 from tasks.perplexity import copied_from
-from tools import cli
+from tools import cli, report
 
 PLAIN_CHUNKS = 10_000       # model.py scores all chunks against all: more take gigabytes
 
@@ -35,7 +35,7 @@ class Reader:
     def numbers(self):
         """What reading has taken since the last reset, as columns of a table."""
         speed = self.tokens / self.seconds if self.seconds else 0.0
-        return dict(seconds=self.seconds, tokens_per_second=speed, **cli.peak_memory(self.device))
+        return dict(seconds=self.seconds, tokens_per_second=speed, **report.peak_memory(self.device))
 
     def prepare(self, model):
         """Swap the model's pieces for fast/'s, if they are to be used; returns what reads, in words."""
