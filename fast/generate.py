@@ -140,7 +140,8 @@ class GraphedStep:
     def fits(self, memory):
         """A GPU, full windows, and a token that does not complete its chunk: nothing changes its shape."""
         config, n_text = self.model.config, self.model.config.chunk_size - 1
-        return (memory.device.type == "cuda" and memory.window[0][0].shape[2] == config.window
+        return (memory.device.type == "cuda" and memory.window[0] is not None
+                and memory.window[0][0].shape[2] == config.window
                 and (not config.n_group or memory.length % n_text < n_text - 1 and memory.chunks))
 
     def __call__(self, token, memory):

@@ -80,7 +80,7 @@ def test_a_table_by_document_and_one_by_copy(text_run, tmp_path, capsys):
     prepare.main(["text", str(texts), "--out", str(tmp_path / "data"), "--tokenizer", "bytes"])
     line = ["ppl", "--ckpt", text_run, "--data", tmp_path / "data", "--lengths", 200, "--places", 3,
             "--retriever", "learned", "random", "oracle", "--json", tmp_path / "ppl.json"]
-    line = [*map(str, [*line, "--device", DEVICE.type])]
+    line = [*map(str, [*line, "--device", DEVICE.type, "--dtype", "float32"])]
 
     evaluation.main([*line, "--by", "document"])
     report = json.loads((tmp_path / "ppl.json").read_text())
