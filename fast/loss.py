@@ -3,12 +3,18 @@
 With GPT-2's vocabulary, the logits of 65,536 tokens take 13 GB in float32. Here one block of rows after the
 other is multiplied, and its losses and gradients are taken while its logits exist.
 """
-from functools import lru_cache
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from gca import jit, triton
+
+if triton:
+    import triton.language as tl
+
 ROWS = 8192                         # positions whose logits are held at once
+BLOCK = 4096                        # logits that a program of loss_kernel holds at once
 NO_LABEL = -100
 LARGE_VOCABULARY = 4096             # of fewer tokens, all logits are few: blocks would be more launches
 
@@ -20,22 +26,37 @@ def in_words(model):
 def cross_entropy(hidden, weight, targets):
     """Mean cross-entropy of hidden @ weight.T: hidden (B, T, d), targets (B, T), -100 = no label.
 
-    Differentiable once. Raises RuntimeError for targets outside of the vocabulary, as torch's own does.
+    Differentiable once. RuntimeError for targets outside of the vocabulary, as of torch's own.
     """
     return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
 
 
-def loss_and_gradient(logits, labels, vocab_size):
-    """Cross-entropies (n,), 0 where there is no label, and their gradient in the logits (n, padded)."""
-    column, has_label = torch.arange(logits.shape[1], device=logits.device), labels != NO_LABEL
-    dtype, logits = logits.dtype, logits.float().masked_fill(column >= vocab_size, float("-inf"))
-    total = logits.logsumexp(1, keepdim=True)
-    picked = logits[:, :vocab_size].gather(1, labels.where(has_label, 0)[:, None])
-    gradient = (logits - total).exp() - (column == labels[:, None]).float()
-    return (total - picked)[:, 0] * has_label, (gradient * has_label[:, None]).to(dtype)
+@jit
+def loss_kernel(Logits, Labels, Losses, n_column, vocab_size, NO_LABEL: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row: its loss, 0 without a label; its gradient takes the place of its logits.
 
-
-compiled_loss_and_gradient = lru_cache(lambda: torch.compile(loss_and_gradient, dynamic=False))
+    The second time, a row comes from the L2 cache.
+    """
+    row = tl.program_id(0)
+    label = tl.load(Labels + row)
+    Logits += row.to(tl.int64) * n_column
+    peak, total, picked = float("-inf"), 0.0, 0.0
+    for start in range(0, n_column, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(Logits + column, mask=column < n_column, other=0.0).to(tl.float32)
+        x = tl.where(column < vocab_size, x, float("-inf"))
+        before, peak = peak, tl.maximum(peak, tl.max(x, 0))
+        total = total * tl.exp(before - peak) + tl.sum(tl.exp(x - peak), 0)
+        picked += tl.sum(tl.where(column == label, x, 0.0), 0)
+    log_total = peak + tl.log(total)
+    tl.store(Losses + row, tl.where(label == NO_LABEL, 0.0, log_total - picked))
+    for start in range(0, n_column, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(Logits + column, mask=column < n_column, other=0.0).to(tl.float32)
+        x = tl.where(column < vocab_size, x, float("-inf"))
+        gradient = tl.exp(x - log_total) - tl.where(column == label, 1.0, 0.0)
+        gradient = tl.where(label == NO_LABEL, 0.0, gradient)
+        tl.store(Logits + column, gradient.to(Logits.dtype.element_ty), mask=column < n_column)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -52,18 +73,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             padded = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 64))
             dx, dweight = torch.empty_like(x, dtype=dtype), torch.zeros_like(padded, dtype=torch.float32)
-            step = compiled_loss_and_gradient() if x.is_cuda else loss_and_gradient
-            total = torch.zeros((), device=x.device)
+            losses, labels = torch.empty(len(x), device=x.device), labels.contiguous()
             for i in range(0, len(x), ROWS):
                 rows = x[i:i + ROWS].to(dtype)
-                losses, dlogits = step(rows @ padded.T, labels[i:i + ROWS], vocab_size)
-                total += losses.sum()
+                logits = rows @ padded.T
+                loss_kernel[(len(rows),)](logits, labels[i:], losses[i:], logits.shape[1], vocab_size,
+                                          NO_LABEL=NO_LABEL, BLOCK=BLOCK, num_warps=8)
                 if any(ctx.needs_input_grad):                       # not in validation
-                    torch.mm(dlogits, padded, out=dx[i:i + ROWS])
-                    dweight += dlogits.T @ rows
-        count = (labels != NO_LABEL).sum().clamp(min=1)
+                    torch.mm(logits, padded, out=dx[i:i + ROWS])    # logits are their gradient now
+                    dweight += logits.T @ rows
+        has_label = labels != NO_LABEL
+        in_vocabulary = ~has_label | (labels >= 0) & (labels < vocab_size)
+        torch._assert_async(in_vocabulary.all(), "targets are out of bounds of the vocabulary")     # no wait
+        count = has_label.sum().clamp(min=1)
         ctx.save_for_backward(x, weight, dx, dweight[:vocab_size], count)
-        return total / count
+        return losses.sum() / count
 
     @staticmethod
     def backward(ctx, upstream):

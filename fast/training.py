@@ -11,10 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from fast import loss
-
 MOST = 2            # shapes kept at a time: --lm_share has two; as contexts grow, shorter ones are given up
-SMALL_WIDTH = 256   # in wider models, kernels take longer than their launches, and so do losses in blocks
+SMALL = 2 ** 25     # numbers in a batch's residual stream; of more, kernels take longer than their launches
 
 
 def in_words(model, config):
@@ -23,7 +21,7 @@ def in_words(model, config):
     A graph writes gradients and cannot add to them, so one batch is one step. Checks of indices wait for the
     GPU, which nothing may while it is recorded.
     """
-    is_small = model.config.n_embd <= SMALL_WIDTH and not loss.in_words(model)
+    is_small = config.batch_tokens * model.config.n_embd <= SMALL
     pays = config.fast and model.embedding.weight.is_cuda and is_small
     can_be = not (config.micro_batch or dist.is_initialized() or os.environ.get("GCA_CHECK_INDICES") == "1")
     return "steps as CUDA graphs" if pays and can_be else ""
