@@ -93,17 +93,21 @@ def window_attention(q, k, v, window, slopes):
         bias = band_bias(N, M, window, slopes).to(q.dtype)                      # (H, N, M)
         return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
+    n = N + window - M                       # queries that the first block of keys is enough for
+    if n:
+        first = window_attention(q[:, :, :n], k[:, :, :window], v[:, :, :window], window, slopes)
+        rest = window_attention(q[:, :, n:], k, v, window, slopes)
+        return torch.cat([first, rest], dim=2)
+
     def blocks(x):                           # (B, H, n * W, D) -> (B * n, H, W, D)
         return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
 
-    n = N + window - M                       # queries that the first block of keys is enough for
-    first = window_attention(q[:, :, :n], k[:, :, :window], v[:, :, :window], window, slopes)
-    q, k, v = (F.pad(x, (0, 0, 0, -M % window)) for x in (q[:, :, n:], k, v))   # to whole blocks
+    if M % window:                           # to whole blocks
+        q, k, v = (F.pad(x, (0, 0, 0, -M % window)) for x in (q, k, v))
     k, v = (torch.cat([blocks(x[:, :, :-window]), blocks(x[:, :, window:])], dim=2) for x in (k, v))
     bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
-    rest = F.scaled_dot_product_attention(blocks(q), k, v, bias, enable_gqa=True)
-    rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([first, rest], dim=2)[:, :, :N]
+    out = F.scaled_dot_product_attention(blocks(q), k, v, bias, enable_gqa=True)
+    return out.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :N]
 
 
 # ---------------------------------------------------------------- layers
@@ -180,7 +184,9 @@ class ChunkEncoder(nn.Module):
         super().__init__()
         self.norm_in, self.norm_out = nn.RMSNorm(config.n_embd, 1e-5), nn.RMSNorm(config.n_embd, 1e-5)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_encoder))
-        self.head_dim, self.rope = config.n_embd // config.n_head, config.encoder_rope
+        self.head_dim = config.n_embd // config.n_head
+        rotation = rotary_cos_sin(config.chunk_size, self.head_dim) if config.encoder_rope else None
+        self.register_buffer("rotation", rotation, persistent=False)
         self.key = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
 
@@ -196,13 +202,12 @@ class ChunkEncoder(nn.Module):
         in the sum, which is softmax-off-by-one. gca() has that built in, so only the text rows are kept.
         """
         B, C, S, _ = x.shape
-        angles = rotary_angles(S, self.head_dim, x.device) if self.rope else None
 
         def attend(q, k, v):                 # each position of a chunk to all of them
             if not len(q):                   # no chunk is complete: torch's attention fails on some GPUs
                 return q
-            if angles is not None:
-                q, k = rotate(q, angles), rotate(k, angles)
+            if self.rotation is not None:
+                q, k = rotate(q, self.rotation), rotate(k, self.rotation)
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
         x = self.norm_in(x).flatten(0, 1)                   # chunks are the batch
@@ -215,15 +220,15 @@ class ChunkEncoder(nn.Module):
         return landmarks, k, v
 
 
-def rotary_angles(S, D, device):
-    """Position s turns pair i of a head by s * 10000 ** (-2i / D): (S, D / 2)  (Su et al., 2021)."""
-    frequency = 10000.0 ** -(torch.arange(0, D, 2, device=device) / D)
-    return torch.arange(S, device=device)[:, None] * frequency
+def rotary_cos_sin(S, D):
+    """Position s turns pair i of a head by s * 10000 ** (-2i / D): (2, S, D / 2)  (Su et al., 2021)."""
+    angles = torch.arange(S)[:, None] * 10000.0 ** -(torch.arange(0, D, 2) / D)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x, angles):                       # x (.., S, D): number i and number i + D / 2 are a pair
+def rotate(x, rotation):                     # x (.., S, D): number i and number i + D / 2 are a pair
     a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = rotation.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
