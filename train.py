@@ -42,6 +42,7 @@ class TrainConfig:
     final_lr: float = 0.1           # where the cosine ends, as a share of the peak
     warmup: int = 50                # steps of linear warm-up
     weight_decay: float = 0.001     # on matrices only
+    query_gain: float = 1.0         # of the norms of retrieval queries, at first: more makes sharper weights
     encoder_identity: bool = False  # the chunk encoder begins as the identity, and learns what to add
     encoder_lr: float = 1.0         # learning rate of the chunk encoder's layers, as a share of the others'
     seed: int = 0                   # of the initial weights and of the data
@@ -64,10 +65,11 @@ PRESETS = {
                 start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=3000, lr=2e-3,
                 gumbel=False),
     "multihop": dict(needle="multihop", n_layer=8, n_encoder=1, top_k=8, n_needle=2, n_value=4, start_len=80,
-                     seq_len=1024, batch_size=256, batch_tokens=32768, steps=2000, lr=3e-3),
+                     seq_len=1024, batch_size=256, batch_tokens=32768, steps=2000, lr=3e-3,
+                     encoder_rope=False, gumbel=False),
     "code": LM | dict(data="data/code", n_layer=8, n_embd=384, n_head=6, top_k=16, gca_residual=True,
-                      gumbel=False, recency=True, start_len=1008, seq_len=8064, batch_size=32,
-                      batch_tokens=32256, steps=4800, warmup=100, validate_every=400),
+                      gumbel=False, recency=True, query_gain=8, start_len=1008, seq_len=8064,
+                      batch_size=32, batch_tokens=32256, steps=9000, warmup=100, validate_every=400),
     "code-cpu": LM | dict(data="data/code-cpu", n_layer=4, n_encoder=1, n_embd=64, n_head=4, chunk_size=32,
                           window=32, top_k=4, gca_residual=True, gumbel=False, recency=True,
                           seq_len=1984, batch_size=1, batch_tokens=1984, steps=2400, lr=4e-3, warmup=100,

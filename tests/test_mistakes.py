@@ -26,8 +26,8 @@ def one_line(capsys, main, *arguments):
 # ---------------------------------------------------------------- settings
 
 NUMBERS = """batch_size batch_tokens steps lr warmup grow_at validate_every checkpoint_every seq_len
-             seed start_len micro_batch final_lr weight_decay encoder_lr lm_weight""".split()
-FLOATS = "lr grow_at final_lr weight_decay encoder_lr lm_weight".split()
+             seed start_len micro_batch final_lr weight_decay query_gain encoder_lr lm_weight""".split()
+FLOATS = "lr grow_at final_lr weight_decay query_gain encoder_lr lm_weight".split()
 SIZES = "n_layer n_group n_encoder n_head n_embd chunk_size top_k window n_kv_head".split()
 
 

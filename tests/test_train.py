@@ -14,7 +14,7 @@ import torch
 import eval as evaluation
 import train as train_module
 from helpers import DEVICE, ROOT, TEXT_FLAGS, TINY_FLAGS, command, log_of, refused, tiny
-from model import DRT
+from model import DRT, DRTConfig
 from tasks.needles import Needles
 from tasks.text import Text
 from tools import run as run_module
@@ -90,6 +90,13 @@ def test_the_encoders_learning_rate_is_a_share_of_the_others(tmp_path, no_table)
     assert changes[0] == 0 and 0.05 < changes[1] / changes[2] < 0.2
 
 
+def test_query_gain_is_what_the_norms_of_queries_begin_with():
+    config = train_module.TrainConfig(query_gain=4.0)
+    for n_group in (0, 1):
+        model = settings_module.make_model(config, DRTConfig(n_group=n_group), DEVICE, None)
+        assert n_group == 0 or (model.query_norms[0].weight == 4).all()
+
+
 def test_micro_batches_add_up_to_the_batch(tmp_path, no_table):
     rows = [train(tmp_path / str(n), *TEXT_FLAGS, "--gumbel", "false", "--micro_batch", n) for n in (0, 1)]
     tolerance = 1e-4 if DEVICE.type == "cpu" else 2e-2                             # bfloat16 there
@@ -128,6 +135,7 @@ def test_a_run_begins_with_the_weights_of_another(text_run, tmp_path, no_table, 
     for flags, message in ((["--n_embd", 32], f"--init_from: {text_run}/ckpt.pt has --n_embd 16, got 32"),
                            (["--resume"], "--init_from must be left out with --resume"),
                            (["--encoder_identity", "true"], "--encoder_identity must be left out"),
+                           (["--query_gain", 4], "--query_gain must be left out"),
                            (["--window", 5], "has --window 16, got 5")):
         line = "--preset", "cpu", "--init_from", text_run / "ckpt.pt", *flags, "--out", tmp_path / "other"
         if flags == ["--resume"]:

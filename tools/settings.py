@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 import fast
 from fast.files import saved_config
@@ -33,7 +34,7 @@ RANGES = dict(                          # name: (least, most); 1e-30 stands for 
     batch_size=(1, 10 ** 6), batch_tokens=(1, LARGE), steps=(1, LARGE), warmup=(1, LARGE), seq_len=(1, LARGE),
     validate_every=(1, LARGE), checkpoint_every=(1, LARGE), lr=(1e-30, 100), grow_at=(1e-30, 1),
     seed=(0, 2 ** 63 - 1), start_len=(0, LARGE), micro_batch=(0, 10 ** 6), final_lr=(0, 1),
-    weight_decay=(0, 100), encoder_lr=(0, 1), lm_weight=(0, 1000))
+    weight_decay=(0, 100), query_gain=(1e-30, 1000), encoder_lr=(0, 1), lm_weight=(0, 1000))
 
 
 def setup(TrainConfig, presets, argv):
@@ -85,8 +86,11 @@ def make_model(config, model_config, device, checkpoint):
     """
     torch.manual_seed(config.seed)
     model = DRT(model_config).to(device).train()
-    if config.encoder_identity and model_config.n_group:
-        model.encoder.begin_as_identity()
+    if model_config.n_group:
+        for norm in model.query_norms:
+            nn.init.constant_(norm.weight, config.query_gain)
+        if config.encoder_identity:
+            model.encoder.begin_as_identity()
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     if config.fast and device.type == "cuda":
@@ -150,8 +154,10 @@ def settings(args, TrainConfig, preset, first=None):
     defaults, model = default_settings(TrainConfig), {}
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     if first:
-        require(not given.get("encoder_identity"), "--encoder_identity must be left out with --init_from")
-        model = asdict(saved_config(first["config"])) | dict(encoder_identity=False)
+        begins = dict(query_gain=1.0, encoder_identity=False)           # how new weights would begin
+        for name in begins:
+            require(not given.get(name), f"--{name} must be left out with --init_from")
+        model = asdict(saved_config(first["config"])) | begins
         del model["vocab_size"]                                         # the corpus has that
     return defaults | preset | model | given
 
