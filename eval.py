@@ -67,7 +67,7 @@ def niah_flags(parser):
                         "240, and fewer, at least 32, in long contexts")
     parser.add_argument("--needle", choices=KINDS, help="another kind than in training")
     parser.add_argument("--n_needle", type=cli.numbers, metavar="N,N,..",
-                        help="needles in a context (multihop: chains), a table for each; default: training's")
+                        help="needles in a context (or pairs), a table for each; default: training's")
     parser.add_argument("--anywhere", type=cli.boolean, metavar="{true,false}",
                         help="needles across chunk borders, too; default: as in training")
     parser.add_argument("--generate", action="store_true",

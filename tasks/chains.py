@@ -1,7 +1,11 @@
-"""Two hops (Sec. 4): chains of two needles |a:b| and |b:c| in a text. A question ?a asks for the path :b:c.
+"""Two needles for an answer: two hops (Sec. 4), and what RULER calls multi-value and multi-query.
 
-A question ends a chunk, as in haystack.py. The path opens the next chunk, and its second part may open one
-more (`--path spread`):
+    multihop      |a:b| .. |b:c|    ?a      :b:c    a chain, of which the question names the beginning
+    multivalue    |a:b| .. |a:c|    ?a      :b:c    both values of a name, in the order of the text
+    multiquery    |a:b| .. |d:c|    ?a?d    :b:c    the values of two names
+
+A question ends a chunk, as in haystack.py. Its answer opens the next chunk, and the second part of a chain's
+path may open one more (`--path spread`):
 
     ..  None|?aaaa // :bbbb:cccc .. //                      joined
     ..  None|?aaaa // :bbbb .assert // :cccc (x, y) ..      spread: the landmark between has read b
@@ -12,15 +16,18 @@ import numpy as np
 from tasks.haystack import ALPHABETS, places, random_names, write
 
 PATHS = "joined", "spread", "late"
+PAIRS = "multihop", "multivalue", "multiquery"
 
 
-class Chains:
-    """Contexts with chains of two needles, and a question for each chain; methods as Haystack's."""
+class Pairs:
+    """Contexts with pairs of needles, and a question for each pair; methods as Haystack's."""
 
     n_hop = 2
 
-    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False, path="joined"):
-        self.n_text, self.n_value, self.alphabet, self.n_name = n_text, n_value, alphabet, n_value
+    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False, path="joined",
+                 kind="multihop"):
+        self.n_text, self.n_value, self.alphabet, self.kind = n_text, n_value, alphabet, kind
+        self.n_name = 2 * n_value + 1 if kind == "multiquery" else n_value      # of what a question names
         self.needle_length = 2 * n_value + 3                            # |a:b|, where both are names
         first = n_text if path == "late" else 0     # where the parts begin: tokens after the question's end
         self.parts = first, n_text if path == "spread" else first + n_value + 1
@@ -46,16 +53,21 @@ class Chains:
         n, (bar, ask, colon) = self.questions_in(length, wanted), self.alphabet[2:]
         start = rng.integers(len(text), size=(B, 1))
         x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
-        names = random_names(rng, B, 3 * n, self.n_value, self.alphabet.values)
-        a, b, c = names[:, :n], names[:, n:2 * n], names[:, 2 * n:]     # (B, n, n_value)
+        names = random_names(rng, B, 4 * n, self.n_value, self.alphabet.values)
+        a, b, c, d = names.reshape(B, 4, n, -1).swapaxes(0, 1)          # (B, n, n_value) each
+        second = dict(multihop=b, multivalue=a, multiquery=d)[self.kind]        # the second needle's name
 
         answer_chunks = self.answer_chunks(length, n)
         n_before = answer_chunks[0] - 1                                 # chunks before the first question's
         needle_at = places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.anywhere)
+        needle_at = needle_at.reshape(B, 2, n)
+        if self.kind == "multivalue":                                   # its values are asked for in order
+            needle_at = np.sort(needle_at, axis=1)
         border_at = answer_chunks * self.n_text + np.zeros((B, 1), int)                         # (B, n)
-        write(x, needle_at[:, :n], bar, a, colon, b, bar)
-        write(x, needle_at[:, n:], bar, b, colon, c, bar)
-        write(x, border_at - (2 + self.n_name), bar, ask, a)
+        write(x, needle_at[:, 0], bar, a, colon, b, bar)
+        write(x, needle_at[:, 1], bar, second, colon, c, bar)
+        asked = (a, ask, d) if self.kind == "multiquery" else (a,)
+        write(x, border_at - (2 + self.n_name), bar, ask, *asked)
         write(x, border_at + self.parts[0], colon, b)
         write(x, border_at + self.parts[1], colon, c)
         return x[:, :-1], x[:, 1:], (border_at[..., None] + self.answer_offsets).reshape(B, -1)

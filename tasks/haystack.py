@@ -12,7 +12,7 @@ the answer, as in the authors' released code. (The last text token of a chunk pr
 has retrieved.) Other than there, every needle is asked for.
 
 Names and values are random: bytes that source code hardly contains, or GPT-2 tokens of any kind.
-`python -m tasks.needles` shows an example, one chunk a line. chains.py has two hops.
+`python -m tasks.needles` shows an example, one chunk a line. chains.py has pairs of needles.
 """
 import string
 from typing import NamedTuple
@@ -24,7 +24,7 @@ NAME = 4            # tokens in a needle's name
 
 class Alphabet(NamedTuple):
     names: np.ndarray       # token ids that names are made of
-    values: np.ndarray      # and values; all of a chain is made of these
+    values: np.ndarray      # and values; all of a pair is made of these
     bar: int                # the tokens | ? :
     ask: int
     colon: int

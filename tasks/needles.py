@@ -13,20 +13,20 @@ import torch.nn.functional as F
 
 from gca import require
 from tasks import EVALUATION, TRAINING, VALIDATION
-from tasks.chains import PATHS, Chains
+from tasks.chains import PAIRS, PATHS, Pairs
 from tasks.haystack import ALPHABETS, Haystack
 from tasks.text import stdlib_corpus, window_batch
 
-KINDS = "multi", "single", "multihop"
+KINDS = "multi", "single", *PAIRS
 FEW_QUESTIONS, MANY_QUESTIONS = 32, 240         # at a length of a table: few where contexts are long,
 AFFORDABLE = dict(cpu=2 ** 19, cuda=2 ** 26)    # so that a row reads about as many tokens as this
 
 
 @dataclass
 class NeedleConfig:
-    needle: str = "multi"           # multi: n_needle in a context; single: one; multihop: chains of two
-    n_needle: int = 3               # in a context, if it is long enough; as many questions (multihop: chains)
-    n_value: int = 6                # tokens in a needle's value (multihop: in each name, too)
+    needle: str = "multi"           # multi: n_needle in a context; single: one; pairs as in tasks/chains.py
+    n_needle: int = 3               # in a context, if it is long enough; as many questions (or so many pairs)
+    n_value: int = 6                # tokens in a needle's value (of pairs: in each name, too)
     anywhere: bool = False          # True: needles lie across chunk borders, too; False: inside one chunk
     path: str = "joined"            # multihop's answer: in one chunk; spread: over two; late: a chunk later
     grow_at: float = 0.9            # answer accuracy at which the context doubles
@@ -49,19 +49,20 @@ class Needles:
         require(path in PATHS, f"path must be one of {', '.join(PATHS)}, got {path!r}")
         alphabet = ALPHABETS[corpus.tokenizer]
         given = settings["chunk_size"] - 1, n_value, alphabet, settings["anywhere"]
-        self.haystack = Chains(*given, path) if kind == "multihop" else Haystack(*given)
+        require(path == "joined" or kind == "multihop", f"path must be joined with {kind}, got {path!r}")
+        self.haystack = Pairs(*given, path, kind) if kind in PAIRS else Haystack(*given)
         self.n_needle = 1 if kind == "single" else settings["n_needle"]
         require(self.n_needle >= 1, f"n_needle must be at least 1, got {self.n_needle}")
-        fewest, most = (2 if kind == "multihop" else 1), len(alphabet.values)
+        fewest, most = (2 if kind in PAIRS else 1), len(alphabet.values)
         require(fewest <= n_value <= most, f"n_value must be in {fewest}..{most}, got {n_value}")
         least = 1 + self.haystack.needle_length
         unit = "bytes" if corpus.tokenizer == "bytes" else "tokens"
         require(settings["chunk_size"] >= least, f"chunk_size must be at least {least} to hold a needle with "
                 f"a value of {n_value} {unit}, got {settings['chunk_size']}")
         require(0 <= settings["lm_share"] < 1, f"lm_share must be in [0, 1), got {settings['lm_share']}")
-        most_chains = most ** min(n_value, 4) // 3              # three different names for each
-        require(kind != "multihop" or self.n_needle <= most_chains, "n_needle must be at most "
-                f"{most_chains}, for different names of {n_value} tokens, got {self.n_needle}")
+        most_pairs = most ** min(n_value, 4) // 4               # four different names for each
+        require(kind not in PAIRS or self.n_needle <= most_pairs, "n_needle must be at most "
+                f"{most_pairs}, for different names of {n_value} tokens, got {self.n_needle}")
 
     def lengths(self):
         """The context lengths of training: start_len, if a question fits, doubled until it is seq_len."""

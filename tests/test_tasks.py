@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from helpers import DEVICE, command, tiny
 from model import DRT, DRTConfig, cross_entropy
-from tasks.chains import Chains
+from tasks.chains import PAIRS, Pairs
 from tasks.haystack import ALPHABETS, Haystack
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import Text, encode_bytes, load_corpus, window_batch
@@ -86,7 +86,7 @@ def test_needles_and_questions_are_where_they_should_be(anywhere, length, chunk_
 def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, anywhere):
     """Needles |a:b| and |b:c|; then |?a ends a chunk, :b opens a later one, :c follows or opens one more."""
     text, S, alphabet = np.full(5000, 7), 15, ALPHABETS[tokenizer]
-    chains = Chains(S, 6, alphabet, anywhere, path)
+    chains = Pairs(S, 6, alphabet, anywhere, path)
     tokens, labels, answer_at = chains.batch(text, np.random.default_rng(0), 9, 400, 5)
     assert answer_at.shape == (9, 5 * 12)
     answer_at = answer_at.reshape(9, 5, 2, 6)
@@ -112,6 +112,22 @@ def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, anywhere):
     room = dict(joined=6, spread=6, late=5)[path]
     assert chains.questions_in(400, 99) == room and chains.questions_in(59, 99) == (path == "joined")
     assert chains.batch(text, np.random.default_rng(0), 1, 400, 99)[2].shape == (1, 12 * room)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_of_needles_and_what_is_asked_for(kind):
+    """The second needle's name; a question with one name or two; values in the order of the text."""
+    pairs = Pairs(15, 3, kind=kind)
+    tokens, labels, answer_at = pairs.batch(np.full(5000, 7), np.random.default_rng(0), 9, 400, 4)
+    for row, label, at in zip(tokens.tolist(), labels.tolist(), answer_at.reshape(9, 4, 2, 3), strict=True):
+        context = "".join(map(chr, row))
+        for parts in at:
+            b, c = ("".join(chr(label[i]) for i in part) for part in parts)
+            asked = context[:parts[0, 0]].rpartition("|?")[2].split("?")
+            names = dict(multihop=[asked[0], b], multivalue=asked * 2, multiquery=asked)[kind]
+            first, second = (context.index(f"|{a}:{x}|") for a, x in zip(names, (b, c), strict=True))
+            assert kind != "multivalue" or first < second
+            assert all(len(name) == 3 for name in names) and parts[0, 0] % 15 == 0
 
 
 def test_needles_of_gpt2_tokens_and_steps_of_plain_text():
@@ -170,7 +186,8 @@ def test_show_an_example():
     assert command("-m", "tasks.needles").stdout.count("|?") == 3
 
 
-@pytest.mark.parametrize("kind, path", [("multi", "joined"), ("multihop", "spread"), ("multihop", "late")])
+@pytest.mark.parametrize("kind, path", [("multi", "joined"), ("multiquery", "joined"), ("multihop", "spread"),
+                                        ("multihop", "late")])
 @torch.no_grad()
 def test_answers_are_written_from_the_tokens_that_the_model_wrote(kind, path):
     """Against forward, a token at a time; the second colon of a path and the text between are given."""
