@@ -44,6 +44,9 @@ def kind_of(rows):
 PANELS = dict(exact_match="whole answers right, %", perplexity="perplexity",
               read_tokens_per_second="tokens read per second", peak_gpu_gib="GPU memory, GiB",
               ms_per_new_token="ms per new token")
+GRAY = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color".split()
+STYLE = dict.fromkeys(GRAY, "gray") | {"axes.facecolor": "none", "figure.facecolor": "none",
+                                       "legend.framealpha": 0}      # legible on light pages and on dark ones
 
 
 def flags(parser):
@@ -67,15 +70,22 @@ def draw(reports, path):
     kind = next(iter(kinds.values()))
     for report in tables:
         require(kinds[report] == kind, f"{report} must be of the same command as {reports[0]}")
-    if kind in ("document", "last_seen"):
-        figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-        (draw_ratios if kind == "document" else draw_copies)(axis, curves(tables))
-        axis.grid(alpha=0.3)
-        axis.legend()
+    with plt.rc_context(STYLE):
+        if kind in ("document", "last_seen"):
+            figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+            (draw_ratios if kind == "document" else draw_copies)(axis, curves(tables))
+            axes = [axis]
+        else:
+            figure, axes = draw_lengths(plt, kind, tables)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+        axes[0].legend()
         save(figure, path)
-        return
-    is_speed = kind not in ("exact_match", "perplexity")
-    keys = [kind] if not is_speed else [
+
+
+def draw_lengths(plt, kind, tables):
+    """A panel for accuracy or perplexity, or one for each quantity of speed, by length of the context."""
+    keys = [kind] if kind in ("exact_match", "perplexity") else [
         key for key in [*PANELS][2:] if any(row[key] for rows in tables.values() for row in rows)]
     figure, axes = plt.subplots(1, len(keys), figsize=(8, 3.6) if len(keys) == 1 else (11, 3.4),
                                 layout="constrained", squeeze=False)
@@ -89,9 +99,7 @@ def draw(reports, path):
             axis.set(ylim=(-3, 103))
         elif key != "perplexity":
             axis.set(yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    save(figure, path)
+    return figure, axes[0]
 
 
 def draw_ratios(axis, tables):
