@@ -29,7 +29,7 @@ from tasks import PAPER_NAMES
 from tasks.needles import KINDS, NeedleConfig, Needles
 from tasks.summaries import Summaries, SummaryConfig, rouge_scorer
 from tasks.text import Text, load_corpus, load_tokenizer
-from tools import cli, plot, report, trace
+from tools import cli, exits, plot, report, trace
 from tools.checkpoint import RUN_PARTS, check_corpus, load_checkpoint
 from tools.reader import Reader
 
@@ -40,7 +40,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
     n: questions or places at each length, or documents; default: the task's.
     """
     rows = []
-    cli.say("\n".join(sorted({read.prepare(model) for model in models.values()})))
+    exits.say("\n".join(sorted({read.prepare(model) for model in models.values()})))
     try:
         for name, model in models.items():
             read.reset()
@@ -50,7 +50,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
                 rows.append(dict(model=name) | row | numbers)
                 if not sys.stderr.isatty():                                 # no bar: a line in the log
                     first = next(iter(row.values()))
-                    cli.say(f"{name}: {first} measured, {read.seconds:.0f} s", sys.stderr)
+                    exits.say(f"{name}: {first} measured, {read.seconds:.0f} s", sys.stderr)
                 read.reset()
     finally:                                            # also if memory or patience did not last to the end
         if rows:
@@ -152,7 +152,7 @@ def run_ppl(args, device):
     measured = task.measured_on(args.split)
     if measured["left_out"]:
         left_out = ", ".join(measured["left_out"][:8]) + ", .." * (len(measured["left_out"]) > 8)
-        cli.say(f"{len(measured['documents'])} documents measured; left out: {left_out}")
+        exits.say(f"{len(measured['documents'])} documents measured; left out: {left_out}")
     return {name: settings[name] | measured for name in models}, rows
 
 
@@ -181,9 +181,9 @@ def run_summarize(args, device):
         reports[name] |= task.measured_on(args.split)
         examples[name] = task.examples
     for i, (kind, lead, references, _) in enumerate(next(iter(examples.values()))):
-        print(f"\n{kind}  {cli.visible(lead)[:100]}\n  true: {cli.visible(references[0])[:300]}")
+        print(f"\n{kind}  {exits.visible(lead)[:100]}\n  true: {exits.visible(references[0])[:300]}")
         for name in models:
-            print(f"  {name}: {cli.visible(examples[name][i][-1])[:300]}")
+            print(f"  {name}: {exits.visible(examples[name][i][-1])[:300]}")
     return reports, rows
 
 
@@ -229,7 +229,7 @@ COMMANDS = dict(                    # its flags; what it runs: args, device -> s
     plot=(plot.flags, plot.run, "Draw what --json wrote (needs matplotlib)."))
 
 
-@cli.program
+@exits.program
 def main(argv=None):
     parser = cli.Parser(description="Measure a trained DRT.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)

@@ -93,13 +93,14 @@ def window_attention(q, k, v, window, slopes):
         bias = band_bias(N, M, window, slopes).to(q.dtype)                      # (H, N, M)
         return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
-    n = N + window - M                       # queries that the first block of keys is enough for
-    if n:
-        first = window_attention(q[:, :, :n], k[:, :, :window], v[:, :, :window], window, slopes)
-        rest = window_attention(q[:, :, n:], k, v, window, slopes)
+    n_first = N + window - M                 # queries that the first block of keys is enough for
+    if n_first:
+        first = window_attention(q[:, :, :n_first], k[:, :, :window], v[:, :, :window], window, slopes)
+        rest = window_attention(q[:, :, n_first:], k, v, window, slopes)
         return torch.cat([first, rest], dim=2)
 
-    def blocks(x):                           # (B, H, n * W, D) -> (B * n, H, W, D)
+    # From here M = N + W: block i of the queries sees blocks i and i + 1 of the keys.
+    def blocks(x):                           # (B, H, n W, D) -> (B n, H, W, D)
         return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
 
     if M % window:                           # to whole blocks
@@ -190,7 +191,7 @@ class ChunkEncoder(nn.Module):
         self.key = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
 
-    def begin_as_identity(self):             # not in the paper: at first, no layer adds anything
+    def begin_as_identity(self):             # not in the paper: at first, the layers add nothing
         for layer in self.layers:
             nn.init.zeros_(layer.attention.out.weight)
             nn.init.zeros_(layer.mlp.down.weight)
@@ -221,7 +222,7 @@ class ChunkEncoder(nn.Module):
 
 
 def rotary_cos_sin(S, D):
-    """Position s turns pair i of a head by s * 10000 ** (-2i / D): (2, S, D / 2)  (Su et al., 2021)."""
+    """Cosines and sines of s * 10000 ** (-2i / D), position s, pair i: (2, S, D / 2)  (Su et al., 2021)."""
     angles = torch.arange(S)[:, None] * 10000.0 ** -(torch.arange(0, D, 2) / D)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -242,7 +243,7 @@ def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
     """
     scale = query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 and not query.requires_grad:
-        scores = torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale        # the same, sooner
+        scores = torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale        # the same, faster
     else:
         scores = (query.float() * scale) @ landmarks.float().mT
     if decay is not None:

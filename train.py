@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))          # also with PYTHONSAFEPATH
 
 import eval as evaluation
-from tools import cli, report
+from tools import cli, exits, report
 from tools.checkpoint import load_checkpoint, load_optimizer
 from tools.reader import Reader
 from tools.settings import setup
@@ -53,7 +53,7 @@ class TrainConfig:
     checkpoint_every: int = 500     # steps between checkpoints; one is always written at the end
 
 
-# Settings of known runs; docs/ has their numbers. A flag overrides the preset, the preset the default.
+# Settings by name; docs/ has their numbers. A flag overrides the preset, the preset the default.
 LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8,
           seq_len=16380, start_len=0,                       # 260 chunks of 63
           batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
@@ -128,7 +128,7 @@ def train(config, model, task, run, saved=None):
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             skipped = (~grad_norm.isfinite()).float()
-            optimizer.found_inf = skipped           # fused AdamW looks at it on the GPU: no wait
+            optimizer.found_inf = skipped           # fused AdamW looks at it, where scaler.step() would wait
             optimizer.step()
             scaler.update()
             optimizer.zero_grad()
@@ -169,7 +169,7 @@ def make_optimizer(model, config):
 
 # ---------------------------------------------------------------- from the command line to the final table
 
-@cli.program
+@exits.program
 def main(argv=None):
     config, model, task, run, saved = setup(TrainConfig, PRESETS, argv)
     step = train(config, model, task, run, saved)

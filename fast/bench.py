@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fast.gca  # noqa: F401 (it adds the backend "fast")
 from gca import copy_retrieved, gca, gca_reference, triton
-from tools import cli, report
+from tools import cli, exits, report
 
 
 def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, retrieval="uniform"):
@@ -160,7 +160,7 @@ def benchmark(shapes):
     return rows
 
 
-@cli.program
+@exits.program
 def main(argv=None):
     parser = cli.Parser(description="Time FlashGCA and its baselines on a GPU.")
     parser.add_argument("--json", type=Path, help="write the benchmark's rows to this file")

@@ -16,17 +16,18 @@ if triton:
 ROWS = 8192                         # positions whose logits are held at once
 BLOCK = 4096                        # logits that a program of loss_kernel holds at once
 NO_LABEL = -100
-LARGE_VOCABULARY = 4096             # of fewer tokens, all logits are few: blocks would be more launches
+LARGE_VOCABULARY = 4096             # with fewer tokens, all logits fit: blocks would only add launches
 
 
 def in_words(model):
+    """What is faster about this model's loss; "" where it is not, and stays as it is."""
     return "loss in blocks" if model.config.vocab_size >= LARGE_VOCABULARY else ""
 
 
 def cross_entropy(hidden, weight, targets):
     """Mean cross-entropy of hidden @ weight.T: hidden (B, T, d), targets (B, T), -100 = no label.
 
-    Differentiable once. RuntimeError for targets outside of the vocabulary, as of torch's own.
+    Differentiable once. RuntimeError for targets outside of the vocabulary, like torch's own.
     """
     return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
 
@@ -35,7 +36,7 @@ def cross_entropy(hidden, weight, targets):
 def loss_kernel(Logits, Labels, Losses, n_column, vocab_size, NO_LABEL: tl.constexpr, BLOCK: tl.constexpr):
     """One program a row: its loss, 0 without a label; its gradient takes the place of its logits.
 
-    The second time, a row comes from the L2 cache.
+    The second loop reads the row from the L2 cache.
     """
     row = tl.program_id(0)
     label = tl.load(Labels + row)

@@ -1,4 +1,4 @@
-"""The training step of a small model as CUDA graphs: one launch forward, one backward, instead of hundreds.
+"""The training step of a small batch as CUDA graphs: one launch forward, one backward, instead of hundreds.
 
 A step of the preset `gpu` is 500 kernels, most of them a few microseconds long, which Python launches more
 slowly than the GPU runs them. Batches keep their shape for hundreds of steps, so kernels are recorded once
@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-MOST = 2            # shapes kept at a time: --lm_share has two; as contexts grow, shorter ones are given up
-SMALL = 2 ** 25     # numbers in a batch's residual stream; of more, kernels take longer than their launches
+MOST = 2            # shapes kept at a time, as --lm_share has two; a third one gives them up
+SMALL = 2 ** 25     # numbers in a batch's residual stream; with more, kernels take longer than their launches
 
 
 def in_words(model, config):
     """What is done for the steps of a run with this TrainConfig; "" where it does not pay, or cannot be.
 
-    A graph writes gradients and cannot add to them, so one batch is one step. Checks of indices wait for the
-    GPU, which nothing may while it is recorded.
+    Replaying overwrites gradients, so there are no micro-batches. GCA_CHECK_INDICES waits for the GPU, which
+    recording forbids.
     """
     is_small = config.batch_tokens * model.config.n_embd <= SMALL
     pays = config.fast and model.embedding.weight.is_cuda and is_small
@@ -53,9 +53,9 @@ class GraphedObjective(nn.Module):
         autocast = device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         warn_of_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
         if warn_of_streams:
-            warn_of_streams(False)              # gradients wait for the stream of the recording, and may
-        with (torch.random.fork_rng([device]),                          # recording draws noise, too
-              torch.autocast(device.type, enabled=False)):              # backward is no part of autocast
+            warn_of_streams(False)              # gradients wait for the recording's stream: that is meant
+        # Recording draws noise: the generators' states come back. Autocast is inside, without backward.
+        with torch.random.fork_rng([device]), torch.autocast(device.type, enabled=False):
             recorded = Recorded(self.objective, autocast)
             batch = tuple(x.clone() for x in batch)
             return torch.cuda.make_graphed_callables(recorded, batch, allow_unused_input=True)

@@ -5,11 +5,11 @@
     multiquery    |a:b| .. |d:c|    ?a?d    :b:c    the values of two names
 
 A question ends a chunk, as in haystack.py. Its answer opens the next chunk, and the second part of a chain's
-path may open one more (`--path spread`):
+path may open one more (`--path spread`; // is the border of a chunk):
 
     ..  None|?aaaa // :bbbb:cccc .. //                      joined
     ..  None|?aaaa // :bbbb .assert // :cccc (x, y) ..      spread: the landmark between has read b
-    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        late: nothing that is written says b in between
+    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        late: b is not written before c is asked for
 """
 import numpy as np
 
@@ -44,7 +44,8 @@ class Pairs:
     def questions_in(self, length, wanted):
         """How many questions a context has: as many as wanted, if there is a chunk for each needle.
 
-        Of n questions, the first one's chunk is answer_chunks(length, n)[0] - 1; 2 n needles lie before that.
+        Of n questions, the first one ends chunk answer_chunks(length, n)[0] - 1 = last - each (n - 1) - 1.
+        The 2 n needles lie in the chunks before that.
         """
         last, each = int(self.answer_chunks(length, 1)[0]), self.chunks_per_question
         return min(wanted, (last + each - 1) // (each + self.n_hop))

@@ -18,8 +18,8 @@ from tasks.haystack import ALPHABETS, Haystack
 from tasks.text import stdlib_corpus, window_batch
 
 KINDS = "multi", "single", *PAIRS
-FEW_QUESTIONS, MANY_QUESTIONS = 32, 240         # at a length of a table: few where contexts are long,
-AFFORDABLE = dict(cpu=2 ** 19, cuda=2 ** 26)    # so that a row reads about as many tokens as this
+# Of a table: a row reads about as many tokens as this, and has so many questions at least and at most.
+AFFORDABLE, FEW_QUESTIONS, MANY_QUESTIONS = dict(cpu=2 ** 19, cuda=2 ** 26), 32, 240
 
 
 @dataclass

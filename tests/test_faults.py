@@ -14,7 +14,7 @@ import eval as evaluation
 import fast
 import train
 from helpers import DEVICE, ROOT, TEXT_FLAGS, command, log_of, random_tokens, refused, tiny
-from tools import cli, report
+from tools import cli, exits, report
 from tools.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -148,9 +148,9 @@ def test_signals_end_a_measurement_in_one_line(name, status, needle_run):
 def test_a_second_signal_ends_a_program_at_once():
     source = """
 import os, signal
-from tools import cli
+from tools import exits
 
-@cli.program
+@exits.program
 def main(_):
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -191,13 +191,13 @@ prepare.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("what, status, word", [("KeyboardInterrupt", 130, "interrupted"),
-                                                ("cli.Terminated", 143, "terminated")])
+                                                ("exits.Terminated", 143, "terminated")])
 def test_a_signal_that_meets_a_lock_ends_in_one_line(what, status, word):
     """Python's locks then fail with an error of their own, in place of the signal's."""
     source = f"""
-from tools import cli
+from tools import exits
 
-@cli.program
+@exits.program
 def main(argv):
     try:
         try:
@@ -219,7 +219,7 @@ def test_every_process_of_a_group_says_its_own_reason(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(SystemExit):
-        cli.end(2, "no such thing")
+        exits.end(2, "no such thing")
     assert capsys.readouterr().err == "error: process 3 of 8: no such thing\n"
 
 

@@ -11,7 +11,7 @@ import eval as evaluation
 from helpers import DEVICE, TEXT, random_tokens, refused, tiny
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import load_corpus
-from tools.cli import visible
+from tools.exits import visible
 from tools.trace import Trace, check_size, first_of_all, needle_traces
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

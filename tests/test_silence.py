@@ -20,7 +20,7 @@ import train
 from gca import gca
 from helpers import DEVICE, ROOT, TEXT_FLAGS, TINY_FLAGS, command, log_of, refused, tiny
 from tasks.text import Corpus, Text, load_corpus, load_tokenizer, text_files
-from tools import cli, prepare, report
+from tools import exits, prepare, report
 from tools import run as run_module
 from tools.checkpoint import load_checkpoint
 
@@ -196,7 +196,7 @@ def test_whatever_signal_asks_a_run_to_end_saves_first(name, tmp_path, no_table,
 def test_nohup_stays_nohup(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.signals(cli.raise_signal):
+        with exits.signals(exits.raise_signal):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -28,12 +28,12 @@ def load_report(path):
             require(all(math.isfinite(row[key]) for key in numbers), "nothing to draw")
     except OSError:
         raise
-    except Exception as error:                              # whatever foreign JSON makes of these lines
+    except Exception as error:                              # not JSON of eval.py
         raise Mistake(f"{path} must be a report of eval.py niah, ppl or speed --json") from error
     return rows
 
 
-DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share"])       # of other kinds: themselves
+DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share"])       # to be finite; others: themselves
 
 
 def kind_of(rows):
@@ -141,7 +141,7 @@ def curves(tables):
 
     And so is the number of needles, where a model's rows have several.
     """
-    names, curves = run_names(tables), {}
+    names, found = run_names(tables), {}
     models = [(report, model) for report, rows in tables.items()
               for model in dict.fromkeys(row.get("model", "") for row in rows)]
     for report, model in models:
@@ -151,5 +151,5 @@ def curves(tables):
         needles = [*dict.fromkeys(row.get("needles") for row in rows)]
         for n in needles:
             name = f"{label}, {n} needles" if len(needles) > 1 else label
-            curves[name] = [row for row in rows if row.get("needles") == n]
-    return curves
+            found[name] = [row for row in rows if row.get("needles") == n]
+    return found

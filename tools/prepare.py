@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))   # also as `python tools/
 from fast.files import atomic_file
 from gca import Mistake, require
 from tasks.text import load_corpus, load_tokenizer, text_files
-from tools import cli, packages, pairs
+from tools import cli, exits, packages, pairs
 
 # ---------------------------------------------------------------- a folder of text -> a corpus
 
@@ -39,7 +39,7 @@ def split_documents(folder):
     """{split: paths} of a folder's .txt files: its own train, val and test, or one in twenty for val."""
     files, others = text_files(folder, ".txt")
     if others:
-        cli.say(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
+        exits.say(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
               f"{', ..' if len(others) > 1 else ''}")
     splits = {name: [path for path in files if path.relative_to(folder).parts[0] == name]
               for name in ("train", "val", "test")}
@@ -105,7 +105,8 @@ def write_corpus(splits, out, tokenizer, kind, errors, references, names):
         with atomic_file(out / "meta.json") as file:
             file.write((json.dumps(meta, indent=1) + "\n").encode())
         number = f"{done['documents'] // 2:,} pairs" if references else f"{done['documents']:,} documents"
-        cli.say(f"{split}: {number}, {done['tokens']:,} tokens, {done['skipped']:,} skipped (not UTF-8 text)")
+        exits.say(f"{split}: {number}, {done['tokens']:,} tokens, "
+                  f"{done['skipped']:,} skipped (not UTF-8 text)")
 
 
 def digest(data):
@@ -180,12 +181,12 @@ def prepare_packages(out, tokenizer, most):
     work = {}
     for split, texts in splits.items():
         sizes = ", ".join(f"{name} {len(text) / 1e6:.1f}" for name, text in texts.items())
-        cli.say(f"{split}: {sizes} million characters; {copies[split]} files left out as copies")
+        exits.say(f"{split}: {sizes} million characters; {copies[split]} files left out as copies")
         identity = [(name, digest(text.encode())) for name, text in texts.items()]
         work[split] = texts.values(), len(texts), identity
     prepare(work, out, tokenizer, names={split: list(texts) for split, texts in splits.items()})
     for line in packages.overlap_in_words(load_corpus(str(out))):
-        cli.say(line)
+        exits.say(line)
 
 
 def prepare_pairs(splits, out, tokenizer):
@@ -204,7 +205,7 @@ def prepare_pairs(splits, out, tokenizer):
     prepare(work, out, tokenizer, references=references)
     encode = load_tokenizer(tokenizer).encode
     longest = max((pair["summary"] for rows in splits.values() for pair in rows), key=len)
-    cli.say(f"the longest summary has {len(encode(longest))} tokens (train.py --n_summary)")
+    exits.say(f"the longest summary has {len(encode(longest))} tokens (train.py --n_summary)")
 
 
 # The paper's data sets (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
@@ -253,7 +254,7 @@ def prepare_dataset(name, out, tokenizer):
 
 # ---------------------------------------------------------------- command line
 
-@cli.program
+@exits.program
 def main(argv=None):
     parser = cli.Parser(description="Prepare a corpus.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)

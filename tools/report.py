@@ -10,7 +10,7 @@ import torch
 
 from fast.files import atomic_file
 from gca import triton
-from tools.cli import say
+from tools.exits import say
 
 
 def hardware(device):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fast import training
 from fast.files import atomic_file
 from gca import Mistake, require
-from tools import cli
+from tools import exits
 from tools.checkpoint import save_checkpoint
 
 try:
@@ -61,7 +61,7 @@ def prepare_folder(out, resume):
         except OSError as error:
             raise Mistake(f"--out: {out} holds a run and cannot be moved aside ({error.strerror}): "
                           "give another folder, or move what it holds") from error
-        cli.say(f"the run that was in {out} is now in {aside}")
+        exits.say(f"the run that was in {out} is now in {aside}")
     out.resolve().mkdir(parents=True, exist_ok=True)
     return lock(out)
 
@@ -94,7 +94,7 @@ class Ranks:
         if self.size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            with cli.default_signals():                 # it waits in C++ for the others
+            with exits.default_signals():                 # it waits in C++ for the others
                 dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     def mean(self, x):
@@ -153,14 +153,14 @@ class Run:
 
     def start(self, step):
         """Open log.csv for the row after `step` and catch signals; use as a context."""
-        self.catching = cli.signals(self.catch)
+        self.catching = exits.signals(self.catch)
         self.catching.__enter__()
         path = self.out / "log.csv"
         self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
         self.table = csv.DictWriter(self.file, self.columns, lineterminator="\n")
         self.in_lines = not sys.stderr.isatty()         # in a log file: a line now and then, instead of a bar
         self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
-                        file=open(os.devnull, "w") if self.in_lines else cli.BestEffort(sys.stderr))
+                        file=open(os.devnull, "w") if self.in_lines else exits.BestEffort(sys.stderr))
         self.since = self.last_line = time.perf_counter()
         return self
 
@@ -224,7 +224,7 @@ class Run:
         self.bar.set_postfix_str(", ".join(news), refresh=False)
         now, is_last = time.perf_counter(), row["step"] == self.n_step
         if self.first and self.in_lines and (is_last or now >= self.last_line + LINE_EVERY):
-            cli.say(self.bar, sys.stderr)
+            exits.say(self.bar, sys.stderr)
             self.last_line = now
 
     def save(self, model, optimizer, **state):

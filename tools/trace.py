@@ -19,7 +19,7 @@ from model import DRTConfig, WholeText, retrieve
 from tasks import EVALUATION
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import load_corpus, load_tokenizer
-from tools import cli
+from tools import cli, exits
 from tools.checkpoint import RUN_PARTS, check_corpus, load_checkpoint
 
 MOST = 2 ** 13              # chunks: scores of all pairs of them are held at once
@@ -61,7 +61,7 @@ def run(args, device):
         trace, pairs = traces[0]
         title, chunk = f"{args.needles:,} tokens with needles", pairs[-1][0]
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
-        cli.say(f"{hits} of {n} questions retrieved their needle's chunk before all others")
+        exits.say(f"{hits} of {n} questions retrieved their needle's chunk before all others")
     chunk = chunk if args.chunk is None else args.chunk
     if args.html:
         trace.page(args.html, title, chunk)
@@ -135,16 +135,16 @@ class Trace:
     def show(self, chunk):
         """Print a chunk and what it retrieved: weight as a bar and a number, score, distance, text."""
         start = chunk * self.n_text
-        text = cli.visible(self.text(chunk))
+        text = exits.visible(self.text(chunk))
         print(f"chunk {chunk} of 0 .. {self.n_chunk - 1}, from token {start:,}: {text}")
         if chunk:
-            print(f"the chunk before it, whose landmark searched: {cli.visible(self.text(chunk - 1))}")
+            print(f"the chunk before it, whose landmark searched: {exits.visible(self.text(chunk - 1))}")
         for group in range(len(self.indices)):
             print(f"retrieved by group {group + 1}:" if len(self.indices) > 1 else "retrieved:")
             for index, weight, score in self.best(group, chunk):
                 distance = (chunk - index) * self.n_text
                 print(f"  {'█' * round(20 * weight):20} {weight:5.3f}  score {score:7.2f}  chunk {index:5}  "
-                      f"{distance:9,} tokens before  {cli.visible(self.text(index))}")
+                      f"{distance:9,} tokens before  {exits.visible(self.text(index))}")
             if not self.best(group, chunk):
                 print("  nothing: there is no chunk before the one that searched")
         gain = self.gain[start:start + self.n_text].sum()
