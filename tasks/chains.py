@@ -1,7 +1,7 @@
 """Two needles for an answer: two hops (Sec. 4), and what RULER calls multi-value and multi-query.
 
     multihop      |a:b| .. |b:c|    ?a      :b:c    a chain, of which the question names the beginning
-    multivalue    |a:b| .. |a:c|    ?a      :b:c    both values of a name, in the order of the text
+    multivalue    |a:b| .. |a:c|    ?a      :b:c    both values of a name; the first token of one is given
     multiquery    |a:b| .. |d:c|    ?a?d    :b:c    the values of two names
 
 A question ends a chunk, as in haystack.py. Its answer opens the next chunk, and the second part of a chain's
@@ -34,6 +34,8 @@ class Pairs:
         self.chunks_per_question = 3 if path == "late" else 2
         self.least_length = 3 * n_text + 1 + self.parts[1] + n_value    # of a context with one question
         self.answer_offsets = np.concatenate([part + np.arange(n_value) for part in self.parts])
+        if kind == "multivalue":                    # which value comes first is anybody's guess
+            self.answer_offsets = self.answer_offsets[1:]
         self.anywhere = anywhere
 
     def answer_chunks(self, length, n):
@@ -61,12 +63,9 @@ class Pairs:
         answer_chunks = self.answer_chunks(length, n)
         n_before = answer_chunks[0] - 1                                 # chunks before the first question's
         needle_at = places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.anywhere)
-        needle_at = needle_at.reshape(B, 2, n)
-        if self.kind == "multivalue":                                   # its values are asked for in order
-            needle_at = np.sort(needle_at, axis=1)
         border_at = answer_chunks * self.n_text + np.zeros((B, 1), int)                         # (B, n)
-        write(x, needle_at[:, 0], bar, a, colon, b, bar)
-        write(x, needle_at[:, 1], bar, second, colon, c, bar)
+        write(x, needle_at[:, :n], bar, a, colon, b, bar)
+        write(x, needle_at[:, n:], bar, second, colon, c, bar)
         asked = (a, ask, d) if self.kind == "multiquery" else (a,)
         write(x, border_at - (2 + self.n_name), bar, ask, *asked)
         write(x, border_at + self.parts[0], colon, b)

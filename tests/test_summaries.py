@@ -53,6 +53,7 @@ def test_docstrings_of_functions_and_modules():
         ("module", "Numbers for people."), ("function", "Return half of the number.")]
     module, function = (pair["document"] for pair in found)
     assert module.startswith("import os") and "class Number:" in module and "More about" not in module
+    assert all(words not in module for words in ("Not taken: a class", "Return half", "Return what"))
     assert function.startswith("def half(self):\n\tif self.value is None:\n\t\treturn None\n")
     assert function.endswith("rest / 2") and "explanation" not in function
     assert [*pairs.pairs_of_file("def f(:\n")] == []

@@ -15,6 +15,7 @@ from collections import Counter
 from gca import Mistake, require
 from tools import packages
 
+HAVE_DOCSTRINGS = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 FEWEST_WORDS = 3            # in a docstring's first line
 SHORTEST = dict(function=100, module=500)                   # characters of a document
 MOST_FUNCTIONS = dict(train=60_000, val=2_000, test=2_000)  # of a split; modules are all kept
@@ -44,7 +45,10 @@ def docstrings(most):
 
 
 def pairs_of_file(text):
-    """A file's pairs: each function, and the module. The text has tabs for four spaces (packages.py)."""
+    """A file's pairs: each function, and the module, without any docstrings, and their own one's first line.
+
+    The text has tabs for four spaces (packages.py).
+    """
     source = re.sub(r"^\t+", lambda tabs: "    " * len(tabs[0]), text, flags=re.M)
     source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     try:
@@ -52,24 +56,27 @@ def pairs_of_file(text):
     except (SyntaxError, ValueError, RecursionError, MemoryError):      # Python 2, or code too deep to parse
         return
     lines = source.split("\n")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module):
-            kind, first, last = "module", 1, len(lines)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            kind, first, last = "function", node.lineno, node.end_lineno
-        else:
+    documented = [node for node in ast.walk(tree)
+                  if isinstance(node, HAVE_DOCSTRINGS) and ast.get_docstring(node)]
+    left_out = {i for node in documented for i in lines_of(node.body[0], lines)}
+    for node in documented:
+        kind = "module" if isinstance(node, ast.Module) else "function"
+        summary = ast.get_docstring(node).strip().split("\n")[0].strip()
+        if (isinstance(node, ast.ClassDef) or len(node.body) < 2 or node.body[0].lineno not in left_out
+                or len(summary.split()) < FEWEST_WORDS or not is_text(summary)):
             continue
-        docstring = ast.get_docstring(node)
-        summary = docstring.strip().split("\n")[0].strip() if docstring else ""
-        if len(summary.split()) < FEWEST_WORDS or len(node.body) < 2 or not is_text(summary):
-            continue
-        doc, after = node.body[0], node.body[1]
-        if after.lineno == doc.end_lineno or kind == "function" and doc.lineno == node.lineno:
-            continue                                        # on one line with code
-        rest = lines[first - 1:doc.lineno - 1] + lines[doc.end_lineno:last]
+        numbers = range(node.lineno, node.end_lineno + 1) if kind == "function" else range(1, len(lines) + 1)
+        rest = [lines[i - 1] for i in numbers if i not in left_out]
         document = packages.with_tabs(textwrap.dedent("\n".join(rest)).strip("\n"))
         if len(document) >= SHORTEST[kind] and is_text(document):
             yield dict(kind=kind, document=document, summary=summary)
+
+
+def lines_of(docstring, lines):
+    """The numbers of the lines that a docstring has, from 1; none where it shares one with code."""
+    before = lines[docstring.lineno - 1].encode()[:docstring.col_offset]
+    after = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset:]
+    return [] if before.strip() or after.strip() else range(docstring.lineno, docstring.end_lineno + 1)
 
 
 # ---------------------------------------------------------------- JSONL
