@@ -11,7 +11,7 @@ import train
 from fast import bench
 from gca import triton
 from helpers import ROOT, command
-from tools import prepare
+from tools import prepare, profile
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LOG = ROOT / "docs" / "log.md"              # of earlier code: its commands and files may be gone
@@ -60,7 +60,7 @@ def commands():
 
 
 PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "tools.prepare": prepare.main,
-            "fast.bench": bench.main}
+            "fast.bench": bench.main, "tools.profile": profile.main}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,8 @@ def known():
     words = {}
     for name, commands in {"train.py": [()], "eval.py": [(x,) for x in evaluation.COMMANDS],
                            "tools.prepare": [(x,) for x in ("text", "packages", "docstrings", "summaries",
-                                                            *prepare.DATASETS)], "fast.bench": [()]}.items():
+                                                            *prepare.DATASETS)],
+                           "fast.bench": [()], "tools.profile": [()]}.items():
         for parts in commands:
             with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
                 PROGRAMS[name]([*parts, "--help"])

@@ -3,7 +3,6 @@
 One micro-batch of random tokens forward and backward, as train.py runs it, and a step of the optimizer.
 Kernels are sorted by their names, matrix products by their shapes.
 """
-import argparse
 import sys
 from dataclasses import fields
 
@@ -12,8 +11,9 @@ import torch.nn as nn
 
 import fast
 from fast import training
+from gca import require
 from model import DRT, DRTConfig
-from tools import cli, report
+from tools import cli, exits, report
 from train import PRESETS, TrainConfig, make_optimizer
 
 KINDS = [                           # what the names of kernels contain; the first that fits counts
@@ -30,7 +30,7 @@ KINDS = [                           # what the names of kernels contain; the fir
 
 
 def flags():
-    parser = argparse.ArgumentParser(prog="python -m tools.profile", description=__doc__.splitlines()[0])
+    parser = cli.Parser(description="Where the time of a training step goes.")
     parser.add_argument("--preset", choices=PRESETS, default="pg19")
     parser.add_argument("--kernels", type=int, default=0, help="also list so many kernels by name")
     cli.add_fields(parser.add_argument_group("model"), DRTConfig)
@@ -101,8 +101,10 @@ def by_kind(run, n=5):
     return kinds, kernels, products
 
 
+@exits.program
 def main(argv=None):
     args = flags().parse_args(argv)
+    require(torch.cuda.is_available(), "tools.profile needs a GPU")
     device = torch.device("cuda")
     shape, config = settings(args)
     torch.manual_seed(0)
