@@ -82,7 +82,7 @@ def run_niah(args, device):
     model, saved = load_checkpoint(args.ckpt, device, RUN_PARTS)
     model.config.retriever = args.retriever or model.config.retriever
     given = dict(needle=args.needle, anywhere=args.anywhere, data=args.data,
-                 n_needle=args.n_needle and args.n_needle[0])
+                 n_needle=args.n_needle and max(args.n_needle))
     settings = vars(NeedleConfig()) | saved["settings"] | vars(model.config)
     settings |= {name: value for name, value in given.items() if value is not None}
     name = settings.get("task")
@@ -181,9 +181,9 @@ def run_summarize(args, device):
         reports[name] |= task.measured_on(args.split)
         examples[name] = task.examples
     for i, (kind, lead, references, _) in enumerate(next(iter(examples.values()))):
-        print(f"\n{kind}  {exits.visible(lead)[:100]}\n  true: {exits.visible(references[0])[:300]}")
+        exits.say(f"\n{kind}  {exits.visible(lead)[:100]}\n  true: {exits.visible(references[0])[:300]}")
         for name in models:
-            print(f"  {name}: {exits.visible(examples[name][i][-1])[:300]}")
+            exits.say(f"  {name}: {exits.visible(examples[name][i][-1])[:300]}")
     return reports, rows
 
 

@@ -181,12 +181,12 @@ def main(argv=None):
 def final_table(out, task, device, config):
     """What the checkpoint can do, on the terminal and in niah.json, ppl.json or summaries.json."""
     model, saved = load_checkpoint(out / "ckpt.pt", device)
-    print(f"\n{out}/ckpt.pt and log.csv are written; now to {task.REPORT}, which eval.py can make again.")
-    print(f"{task.TITLE} ({report.hardware(device)}):")
+    exits.say(f"\n{out}/ckpt.pt and log.csv are written; now to {task.REPORT}, which eval.py can make again.")
+    exits.say(f"{task.TITLE} ({report.hardware(device)}):")
     read = Reader(device, cli.pick_dtype(config.dtype, device), config.fast)
     rows = evaluation.measure(task, {out.absolute().name: model}, read)
     report.save_report(out / task.REPORT, saved["settings"] | task.measured_on(), device, rows)
-    print(f"{out}/{task.REPORT} is written.")
+    exits.say(f"{out}/{task.REPORT} is written.")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def describe(model, config=None):
 
 @torch.no_grad()
 def check(model):
-    """ValueError if reading in pieces differs from the plain files, on a few chunks of random tokens.
+    """ValueError if reading in pieces differs from the plain files, or is not finite, on random tokens.
 
     Layers are written once, so an edit of theirs takes effect everywhere. An edit of what has a twin in here
     does not. Pieces are of half a window, and of one token each at the end.
@@ -87,8 +87,8 @@ def check(model):
     memory = Memory(model)
     pieces = [*tokens[:, :-8].split(max(1, W // 2), dim=1), *tokens[:, -8:].split(1, dim=1)]
     wanted = original.hidden(tokens)
-    if not wanted.isfinite().all():                     # weights that are lost compare with nothing
-        return
+    require(wanted.isfinite().all(), "the model's output is not finite: its weights are lost, or --dtype is "
+            "too narrow for them")
     try:
         got = torch.cat([read_segment(model, piece, memory) for piece in pieces if piece.numel()], dim=1)
         errors = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1))[0]

@@ -47,7 +47,8 @@ def loss_kernel(Logits, Labels, Losses, n_column, vocab_size, NO_LABEL: tl.const
         x = tl.load(Logits + column, mask=column < n_column, other=0.0).to(tl.float32)
         x = tl.where(column < vocab_size, x, float("-inf"))
         before, peak = peak, tl.maximum(peak, tl.max(x, 0))
-        total = total * tl.exp(before - peak) + tl.sum(tl.exp(x - peak), 0)
+        shift = tl.where(peak == float("-inf"), 0.0, peak)                      # so far nothing but -inf
+        total = total * tl.exp(before - shift) + tl.sum(tl.exp(x - shift), 0)
         picked += tl.sum(tl.where(column == label, x, 0.0), 0)
     log_total = peak + tl.log(total)
     tl.store(Losses + row, tl.where(label == NO_LABEL, 0.0, log_total - picked))
@@ -80,7 +81,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = rows @ padded.T
                 loss_kernel[(len(rows),)](logits, labels[i:], losses[i:], logits.shape[1], vocab_size,
                                           NO_LABEL=NO_LABEL, BLOCK=BLOCK, num_warps=8)
-                if any(ctx.needs_input_grad):                       # not in validation
+                if any(ctx.needs_input_grad):
                     torch.mm(logits, padded, out=dx[i:i + ROWS])    # logits are their gradient now
                     dweight += logits.T @ rows
         has_label = labels != NO_LABEL

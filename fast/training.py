@@ -21,7 +21,7 @@ def in_words(model, config):
     Replaying overwrites gradients, so there are no micro-batches. GCA_CHECK_INDICES waits for the GPU, which
     recording forbids.
     """
-    is_small = config.batch_tokens * model.config.n_embd <= SMALL
+    is_small = max(config.batch_tokens, config.seq_len) * model.config.n_embd <= SMALL
     pays = config.fast and model.embedding.weight.is_cuda and is_small
     can_be = not (config.micro_batch or dist.is_initialized() or os.environ.get("GCA_CHECK_INDICES") == "1")
     return "steps as CUDA graphs" if pays and can_be else ""

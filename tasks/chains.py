@@ -58,6 +58,9 @@ class Pairs:
         x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
         names = random_names(rng, B, 4 * n, self.n_value, self.alphabet.values)
         a, b, c, d = names.reshape(B, 4, n, -1).swapaxes(0, 1)          # (B, n, n_value) each
+        if self.kind == "multivalue":               # the first token has to tell a name's two values apart
+            one, other = self.alphabet.values[:2]
+            c[..., 0] = np.where(c[..., 0] == b[..., 0], np.where(b[..., 0] == one, other, one), c[..., 0])
         second = dict(multihop=b, multivalue=a, multiquery=d)[self.kind]        # the second needle's name
 
         answer_chunks = self.answer_chunks(length, n)

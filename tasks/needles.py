@@ -49,7 +49,7 @@ class Needles:
         require(path in PATHS, f"path must be one of {', '.join(PATHS)}, got {path!r}")
         alphabet = ALPHABETS[corpus.tokenizer]
         given = settings["chunk_size"] - 1, n_value, alphabet, settings["anywhere"]
-        require(path == "joined" or kind == "multihop", f"path must be joined with {kind}, got {path!r}")
+        path = path if kind == "multihop" else "joined"
         self.haystack = Pairs(*given, path, kind) if kind in PAIRS else Haystack(*given)
         self.n_needle = 1 if kind == "single" else settings["n_needle"]
         require(self.n_needle >= 1, f"n_needle must be at least 1, got {self.n_needle}")

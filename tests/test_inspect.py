@@ -9,6 +9,7 @@ import torch
 
 import eval as evaluation
 from helpers import DEVICE, TEXT, random_tokens, refused, tiny
+from tasks.chains import PAIRS
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import load_corpus
 from tools.exits import visible
@@ -44,12 +45,17 @@ def test_needles_that_were_found_first(needle_run):
     task = Needles(vars(NeedleConfig()) | dict(seq_len=128, chunk_size=16), load_corpus("stdlib"))
     (seen, pairs), _ = needle_traces(tiny(), task, 300, 4, 0)
     assert len(pairs) == 3
-    for question, needle in pairs:
+    for question, (needle,) in pairs:
         name = seen.text(question - 1)[-4:]
         assert f"|{name}:" in seen.text(needle) and seen.text(question).startswith(":")
-    seen.indices[0, [question for question, _ in pairs], 0] = torch.tensor([needle for _, needle in pairs])
+    seen.indices[0, [question for question, _ in pairs], 0] = torch.tensor([needle for _, (needle,) in pairs])
     seen.weights[0, :, 0] = 2
     assert first_of_all(seen, pairs) == 3
+    for kind in PAIRS[1:]:                              # two needles lead to an answer
+        settings = vars(NeedleConfig()) | dict(needle=kind, seq_len=128, chunk_size=16)
+        task = Needles(settings, load_corpus("stdlib"))
+        (seen, pairs), _ = needle_traces(tiny(), task, 300, 4, 0)
+        assert pairs and all(len({*needles}) == 2 for _, needles in pairs)
 
 
 def test_inspect(needle_run, tmp_path, capsys):

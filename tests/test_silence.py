@@ -416,3 +416,14 @@ def test_the_same_questions_whatever_is_read_at_once(n_value, monkeypatch):
 def test_a_command_that_does_not_need_rouge_score():
     source = "import sys; sys.modules['rouge_score'] = None; import eval; eval.main(['niah', '--help'])"
     assert "usage" in command("-c", source).stdout
+
+
+def test_a_full_stderr_changes_no_exit_status(needle_run):
+    """Python would flush it once more as it exits, and end with 120."""
+    line = "eval.py", "niah", "--ckpt", needle_run[0] / "ckpt.pt", "--lengths", 64, "--questions", 3
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for more, status in ([], 0), (["--bad"], 2):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, *map(str, [*line, *more])], cwd=ROOT, env=buffered,
+                                  stdout=subprocess.DEVNULL, stderr=full)
+        assert done.returncode == status

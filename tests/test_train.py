@@ -63,7 +63,7 @@ def test_a_tiny_model_learns_to_retrieve(tmp_path, no_table):
 def test_a_step_that_is_not_finite_changes_nothing(bad, tmp_path, no_table, monkeypatch):
     original, factor = DRT.hidden, torch.tensor(bad, device=DEVICE)
     monkeypatch.setattr(DRT, "hidden", lambda self, *text: original(self, *text) * factor)
-    flags = [*TEXT_FLAGS, "--checkpoint_every", 5, "--validate_every", 50]
+    flags = [*TEXT_FLAGS, "--checkpoint_every", 5, "--validate_every", 50, "--fast", "false"]
     rows = train(tmp_path, *flags, "--steps", 5)
     assert [row["skipped"] for row in rows] == ["1.0"] * 5
     model, saved = load_checkpoint(tmp_path / "ckpt.pt", DEVICE)
@@ -282,7 +282,7 @@ def test_checkpoints_are_replaced_whole(tmp_path, monkeypatch):
 def test_a_run_that_goes_astray_ends_with_a_message(tmp_path, monkeypatch, capsys):
     original = DRT.hidden
     monkeypatch.setattr(DRT, "hidden", lambda self, *text: original(self, *text) * math.nan)
-    error = refused(capsys, train_module.main, "--out", tmp_path, *TEXT_FLAGS)
+    error = refused(capsys, train_module.main, "--out", tmp_path, *TEXT_FLAGS, "--fast", "false")
     assert "not finite in 10 steps in a row" in error
 
 

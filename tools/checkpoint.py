@@ -44,7 +44,8 @@ def load_checkpoint(path, device, parts=PARTS):
         claimed = shapes(config)                # compared with the file's, before anything is allocated
         require(claimed == {name: x.shape for name, x in weights.items()}, "other tensors")
     except Exception as error:
-        raise Damaged(f"{path} is damaged: its tensors are not those of its settings") from error
+        raise Damaged(f"{path} is damaged, or of another model.py: its tensors are not those of its "
+                      "settings") from error
     model = DRT(config).to(device)
     model.load_state_dict(weights)
     state["model"] = weights

@@ -71,6 +71,11 @@ def program(main):
                 if "can't allocate memory" not in str(error):
                     raise
                 end(2, f"out of memory: {LOWER}")
+            finally:
+                try:
+                    sys.stderr.flush()
+                except (OSError, ValueError):           # or Python, as it exits, would end with 120
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return run
 
 

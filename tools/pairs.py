@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import textwrap
+import warnings
 import zlib
 from collections import Counter
 
@@ -52,7 +53,9 @@ def pairs_of_file(text):
     source = re.sub(r"^\t+", lambda tabs: "    " * len(tabs[0]), text, flags=re.M)
     source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                             # of what is odd in the source
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):      # Python 2, or code too deep to parse
         return
     lines = source.split("\n")
@@ -76,7 +79,8 @@ def lines_of(docstring, lines):
     """The numbers of the lines that a docstring has, from 1; none where it shares one with code."""
     before = lines[docstring.lineno - 1].encode()[:docstring.col_offset]
     after = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset:]
-    return [] if before.strip() or after.strip() else range(docstring.lineno, docstring.end_lineno + 1)
+    is_alone = not before.strip() and after.strip()[:1] in (b"", b"#")
+    return range(docstring.lineno, docstring.end_lineno + 1) if is_alone else []
 
 
 # ---------------------------------------------------------------- JSONL

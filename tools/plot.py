@@ -3,6 +3,7 @@ import json
 import math
 from pathlib import Path
 
+from fast.files import atomic_file
 from gca import Mistake, require
 
 
@@ -21,7 +22,7 @@ def load_report(path):
     """The rows of a report; ValueError if it is not one."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        numbers = DRAWN.get(kind_of(rows), [kind_of(rows)])
+        numbers = DRAWN.get(kind_of(rows), [*PANELS][2:])
         for row in rows:
             require(type(row["length"]) is int and abs(math.log(row["length"])) < 50, "no length")
             require(isinstance(row.get("model", ""), str), "no name")
@@ -33,7 +34,8 @@ def load_report(path):
     return rows
 
 
-DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share"])       # to be finite; others: themselves
+DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share", "loss"],        # what must be finite;
+             exact_match=["exact_match"], perplexity=["perplexity"])                # speed: all its panels
 
 
 def kind_of(rows):
@@ -51,7 +53,7 @@ STYLE = dict.fromkeys(GRAY, "gray") | {"axes.facecolor": "none", "figure.facecol
 
 def flags(parser):
     parser.add_argument("reports", type=Path, nargs="+", help="a curve for each, or for each model")
-    parser.add_argument("--out", type=Path, default=Path("niah.png"), help="the picture (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("plot.png"), help="the picture (%(default)s)")
 
 
 def run(args, device):
@@ -105,6 +107,7 @@ def draw_lengths(plt, kind, tables):
 def draw_ratios(axis, tables):
     """Each document's ratio of perplexities to the first model's, lowest first, with 95% of bootstraps."""
     (first, _), *others = tables.items()
+    require(others, "a picture of ratios needs two models in its reports")
     for i, (name, rows) in enumerate(others):
         rows = sorted(rows[:-1], key=lambda row: row["ratio"])                  # the last one is their mean
         ratios = [row["ratio"] for row in rows]
@@ -112,6 +115,7 @@ def draw_ratios(axis, tables):
         if i == 0:
             names = [row["document"] for row in rows]                           # the others in its order
             axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+        require({row["document"] for row in rows} <= {*names}, f"{name} must have the others' documents")
         at = [names.index(row["document"]) + 0.15 * i for row in rows]
         axis.errorbar(at, ratios, errors, fmt="o", label=name.replace("$", r"\$"))
     axis.axhline(1, color="gray")
@@ -130,7 +134,8 @@ def draw_copies(axis, tables):
 def save(figure, path):
     try:
         path = path if path.suffix else path.with_suffix(".png")
-        figure.savefig(path, dpi=150)
+        with atomic_file(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=150)
     except ValueError as error:                             # of the name's ending
         raise Mistake(f"--out: {path}: {error}") from None
     print(f"{path} is written.")

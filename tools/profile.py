@@ -104,9 +104,10 @@ def by_kind(run, n=5):
 @exits.program
 def main(argv=None):
     args = flags().parse_args(argv)
+    require(args.kernels >= 0, f"--kernels must be at least 0, got {args.kernels}")
+    shape, config = settings(args)
     require(torch.cuda.is_available(), "tools.profile needs a GPU")
     device = torch.device("cuda")
-    shape, config = settings(args)
     torch.manual_seed(0)
     model = fast.apply(DRT(shape).to(device), compile=config.compile)
     optimizer = make_optimizer(model, config)

@@ -242,7 +242,7 @@ class Run:
             dist.destroy_process_group()
         if step < self.n_step or self.signal:                   # it may come after the last step
             name = self.signal.name if self.signal else "a signal to another process"
-            print(f"\nStopped by {name} after step {step}; go on with --resume --out {self.out}", flush=True)
+            exits.say(f"\nStopped by {name} after step {step}; go on with --resume --out {self.out}")
             sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
@@ -256,7 +256,8 @@ def open_log(path, columns, step):
             break                               # cut, or not ours: what follows is left out, too
         kept.append(line)
     if len(kept) < step:
-        print(f"{path} has {len(kept)} of the {step} rows before this step; it goes on without the others")
+        exits.say(f"{path} has {len(kept)} of the {step} rows before this step; it goes on without "
+                  "the others")
     with atomic_file(path) as file:
         file.write("".join(line + "\n" for line in [",".join(columns), *kept]).encode())
     return open(path, "a", newline="")

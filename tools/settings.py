@@ -20,7 +20,7 @@ from tasks.chains import PATHS
 from tasks.needles import KINDS, NeedleConfig
 from tasks.summaries import SummaryConfig
 from tasks.text import load_corpus, load_tokenizer
-from tools import cli
+from tools import cli, exits
 from tools.checkpoint import RUN_PARTS, check_first, check_space, load_checkpoint, load_run, shapes
 from tools.run import Ranks, Run, flops_per_token, lock, prepare_folder
 
@@ -75,7 +75,7 @@ def setup(TrainConfig, presets, argv):
     run = Run(args.out, ranks, config.steps, task, flops_per_token(model_config, n_matrix, config.seq_len))
     if run.first:
         run.lock = prepare_folder(args.out, args.resume)        # held until the process ends
-        print(what_trains(model, config), flush=True)
+        exits.say(what_trains(model, config))
     return config, model, task, run, saved
 
 

@@ -208,7 +208,7 @@ def losses(model, tokens, text):
 
 
 def needle_traces(model, task, length, n_question, seed):
-    """(trace, [(question, needle)], both as chunks) of contexts with n_question questions in all.
+    """(trace, [(question, its needles)], all as chunks) of contexts with n_question questions in all.
 
     The question is the chunk that opens with its colon, for which the chunk before it has retrieved.
     """
@@ -221,15 +221,17 @@ def needle_traces(model, task, length, n_question, seed):
         tokens = haystack.batch(task.corpus.val, rng, 1, length, n)[0][0]
         pairs = []
         for question in haystack.answer_chunks(length, n).tolist():
-            name = tokens[question * n_text - n_name:question * n_text]
-            begins = [alphabet.bar, *name, alphabet.colon]                      # |name:
-            found = (np.lib.stride_tricks.sliding_window_view(tokens, len(begins)) == begins).all(1)
-            pairs.append((question, int(found.argmax()) // n_text))
+            asked, needles = tokens[question * n_text - n_name:question * n_text], []
+            for name in np.split(asked, np.flatnonzero(asked == alphabet.ask)):         # one, or a ?d
+                begins = [alphabet.bar, *name[name != alphabet.ask], alphabet.colon]    # |name:
+                found = (np.lib.stride_tricks.sliding_window_view(tokens, len(begins)) == begins).all(1)
+                needles += (np.flatnonzero(found) // n_text).tolist()
+            pairs.append((question, needles))
         yield Trace(model, torch.from_numpy(tokens).to(model.embedding.weight.device), decode), pairs
 
 
 def first_of_all(trace, pairs):
-    """Of how many questions the needle's chunk was the heaviest of those retrieved, in any group."""
+    """Of how many questions a needle's chunk was the heaviest of those retrieved, in any group."""
     groups = range(len(trace.indices))
-    return sum(any(needle == index for g in groups for index, *_ in trace.best(g, chunk)[:1])
-               for chunk, needle in pairs)
+    return sum(any(index in needles for g in groups for index, *_ in trace.best(g, chunk)[:1])
+               for chunk, needles in pairs)
