@@ -88,6 +88,11 @@ def test_the_loss_in_blocks_is_right_or_refuses():
     results = [torch.autograd.grad(function(hidden.detach(), weight, targets), weight)
                for function in (plain.cross_entropy, fast.loss.cross_entropy)]
     torch.testing.assert_close(*results)
+    far, many = torch.ones(1, 1, 2, device=DEVICE), torch.ones(5000, 2, device=DEVICE)
+    many[:fast.loss.BLOCK] = float("-inf")                  # all logits that a program holds at first
+    losses = [function(far, many, targets[:, :1] + 4999)
+              for function in (plain.cross_entropy, fast.loss.cross_entropy)]
+    torch.testing.assert_close(*losses)
     loss = fast.loss.cross_entropy(hidden, weight, targets)
     gradient, = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):

@@ -40,7 +40,7 @@ def split_documents(folder):
     files, others = text_files(folder, ".txt")
     if others:
         exits.say(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
-              f"{', ..' if len(others) > 1 else ''}")
+                  f"{', ..' if len(others) > 1 else ''}")
     splits = {name: [path for path in files if path.relative_to(folder).parts[0] == name]
               for name in ("train", "val", "test")}
     if not splits["train"]:

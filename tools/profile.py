@@ -5,15 +5,16 @@ Kernels are sorted by their names, matrix products by their shapes.
 """
 import sys
 from dataclasses import fields
+from functools import partial
 
 import torch
-import torch.nn as nn
 
 import fast
-from fast import training
 from gca import require
 from model import DRT, DRTConfig
+from tasks.text import Text
 from tools import cli, exits, report
+from tools.run import Ranks
 from train import PRESETS, TrainConfig, make_optimizer
 
 KINDS = [                           # what the names of kernels contain; the first that fits counts
@@ -46,22 +47,11 @@ def settings(args):
     return DRTConfig(**shape), TrainConfig(**{name: preset[name] for name in names if name in preset})
 
 
-class Objective(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens, targets):
-        return self.model.cross_entropy(self.model.hidden(tokens), self.model.embedding.weight, targets), {}
-
-
 def micro_batch(model, config, device):
     """A function that does one micro-batch, and how many tokens that has."""
     n = config.micro_batch or min(config.batch_size, max(1, config.batch_tokens // config.seq_len))
     tokens, targets = torch.randint(model.config.vocab_size, (2, n, config.seq_len), device=device)
-    objective = Objective(model)
-    if training.in_words(model, config):
-        objective = training.GraphedObjective(objective)
+    objective = Ranks(device).objective(model, partial(Text.loss, None), config)
 
     def run():
         with torch.autocast(device.type, torch.bfloat16):
