@@ -1,8 +1,8 @@
-"""FlashGCA for Hopper GPUs (H100, H200): the three large kernels of fast/gca.py, one level lower.
+"""FlashGCA for Hopper GPUs (H100, H200): the backward pass of fast/gca.py, one level lower.
 
 Triton decides by itself when a kernel waits for a product or a tile. Gluon, the language beneath it in the
-same package, leaves that to the program. These kernels compute what gca.py's do, which explains them. What is
-different here:
+same package, leaves that to the program. These two kernels compute what gca.py's do, which explains them. (A
+forward kernel of this kind was no faster than Triton's.) What is different here:
 
     waits        Products run beside arithmetic: dO V^T while the softmax is computed, the last slot's dS K
                  while this slot's scores are. Tiles are fetched one turn ahead.
@@ -10,8 +10,8 @@ different here:
                  needs no sums over keys, so it can compute scores transposed: P^T and dS^T come out in
                  registers, where the products P^T dO and dS^T Q want them.
 
-fast/gca.py calls `forward` and `backward` where `fits` says so, and its own kernels everywhere else.
-docs/kernels.md lists what was tried.
+fast/gca.py calls `backward` where `fits` says so, and its own kernels everywhere else. docs/log.md lists what
+was tried.
 """
 import functools
 
@@ -134,57 +134,6 @@ def log2(x):
 
 
 # ---------------------------------------------------------------- the kernels
-
-@gluon.jit(do_not_specialize=["Ck"])
-def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, GROUP: gl.constexpr,
-                   D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, ONE: gl.constexpr):
-    pid = gl.program_id(0)
-    n_block = gl.cdiv(Sq, ROWS)
-    row = pid // Cq % n_block * ROWS
-    h = pid // (Cq * n_block) % Hq
-    b = pid // (Cq * n_block * Hq)
-    c = b * Cq + pid % Cq
-    first = b * Ck
-    Index += c.to(gl.int64) * n_slot
-    W += c.to(gl.int64) * n_slot
-
-    q, q_ready = buffers(Q, 1), barriers(1)
-    k, v, ready = buffers(K, 2), buffers(V, 2), barriers(2)
-    mbarrier.expect(q_ready.index(0), Q.block_type.nbytes)
-    copy_in(Q, [c, row, h * D], q_ready.index(0), q.index(0))
-    chunk, w = chunk_and_weight(Index, W, 0, n_slot, first)
-    fetch(K, k, V, v, ready, 0, chunk, 0, h // GROUP, True)
-    chunk, w_next = chunk_and_weight(Index, W, 1, n_slot, first)
-    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))              # an accumulator that is not read
-    out = gl.zeros((ROWS, D), gl.float32, layout(D))
-    pv = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
-    factor = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout(D)))
-    mbarrier.wait(q_ready.index(0), 0)
-    q_tile = q.index(0).reshape([ROWS, D])
-    for slot in range(n_slot):
-        k_tile, v_tile = fetched(K, k, V, v, ready, slot)
-        pv = finish(0, [pv])                                 # P V of the last slot
-        scores = product(q_tile, k_tile.permute((1, 0)), none, use_acc=False, is_async=True)
-        thread_barrier()
-        fetch(K, k, V, v, ready, (slot + 1) % 2, chunk, 0, h // GROUP, slot + 1 < n_slot)
-        chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, first)
-        if D < KEYS:
-            out += pv * factor[:, None]
-        scores = finish(0, [scores])
-        p, total, peak = chunk_softmax(scores, scale, Sk, KEYS, ONE)
-        if D < KEYS:                                                     # scale P V, the smaller tile, later
-            factor = gl.convert_layout(w / total, gl.SliceLayout(1, layout(D)))
-            pv = product(left_operand(p, Q.dtype, D), v_tile, accumulator(pv), use_acc=False, is_async=True)
-        else:
-            p *= (w / total)[:, None]
-            pv = product(left_operand(p, Q.dtype, D), v_tile, accumulator(pv), is_async=True)
-        w, w_next = w_next, w_after
-    pv = finish(0, [pv])
-    if D < KEYS:
-        pv = out + pv * factor[:, None]
-    thread_barrier()
-    store(Out, q.index(0), c, row, h, pv)
-
 
 @gluon.jit
 def backward_q_kernel(Q, K, V, DO, W, Index, DQ, Stats, scale, n_slot, Cq, Sq, Sk, Hq, GROUP: gl.constexpr,
@@ -343,15 +292,6 @@ def shared_layout(D, element_size):
 def descriptor(x, rows):
     """fast/launch.py's, which here names the layout in shared memory."""
     return plain_descriptor(x, rows, shared_layout(x.shape[4], x.element_size()))
-
-
-def forward(kind, q, k, v, w, indices, out, scale, n_slot, Cq, Ck, options):
-    """Launch forward_kernel; q, k, v and out are descriptors."""
-    (n_query, Sq, width), Sk = q.shape, k.shape[1]
-    tiles = {name: options[name] for name in ("GROUP", "D", "ROWS", "KEYS", "ONE")}
-    Hq, n_block = width // options["D"], -(-Sq // options["ROWS"])
-    launch(forward_kernel, kind, (n_query * n_block * Hq,),
-           q, k, v, w, indices, out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, **tiles, num_warps=4)
 
 
 def backward(kind, q, k, v, do, w, numbers, dq, sums, lists, scale, SEGMENT, B, Cq, Ck, n_slot, options):

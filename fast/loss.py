@@ -14,7 +14,7 @@ if triton:
     import triton.language as tl
 
 ROWS = 8192                         # positions whose logits are held at once
-BLOCK = 4096                        # logits that a program of loss_kernel holds at once
+BLOCK = 2048                        # logits that a program of loss_kernel holds at once
 NO_LABEL = -100
 LARGE_VOCABULARY = 4096             # with fewer tokens, all logits fit: blocks would only add launches
 
@@ -41,16 +41,16 @@ def loss_kernel(Logits, Labels, Losses, n_column, vocab_size, NO_LABEL: tl.const
     row = tl.program_id(0)
     label = tl.load(Labels + row)
     Logits += row.to(tl.int64) * n_column
-    peak, total, picked = float("-inf"), 0.0, 0.0
+    picked = tl.load(Logits + label, mask=(label >= 0) & (label < vocab_size), other=0.0).to(tl.float32)
+    peak, total = float("-inf"), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_column, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(Logits + column, mask=column < n_column, other=0.0).to(tl.float32)
         x = tl.where(column < vocab_size, x, float("-inf"))
         before, peak = peak, tl.maximum(peak, tl.max(x, 0))
         shift = tl.where(peak == float("-inf"), 0.0, peak)                      # so far nothing but -inf
-        total = total * tl.exp(before - shift) + tl.sum(tl.exp(x - shift), 0)
-        picked += tl.sum(tl.where(column == label, x, 0.0), 0)
-    log_total = peak + tl.log(total)
+        total = total * tl.exp(before - shift) + tl.exp(x - shift)
+    log_total = peak + tl.log(tl.sum(total, 0))
     tl.store(Losses + row, tl.where(label == NO_LABEL, 0.0, log_total - picked))
     for start in range(0, n_column, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -80,7 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 rows = x[i:i + ROWS].to(dtype)
                 logits = rows @ padded.T
                 loss_kernel[(len(rows),)](logits, labels[i:], losses[i:], logits.shape[1], vocab_size,
-                                          NO_LABEL=NO_LABEL, BLOCK=BLOCK, num_warps=8)
+                                          NO_LABEL=NO_LABEL, BLOCK=BLOCK, num_warps=4)
                 if any(ctx.needs_input_grad):
                     torch.mm(logits, padded, out=dx[i:i + ROWS])    # logits are their gradient now
                     dweight += logits.T @ rows

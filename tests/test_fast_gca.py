@@ -234,12 +234,12 @@ def descriptor(name, dtype):
     tile = [1, 64, 16]
     return f"tensordesc<{name}{tile},{gl.NVMMASharedLayout.get_default_for(tile, dtype)!r}>"
 
-tiles = dict.fromkeys("Q K V Out DO DQ DK DV".split(), descriptor("bf16", gl.bfloat16))
+tiles = dict.fromkeys("Q K V DO DQ DK DV".split(), descriptor("bf16", gl.bfloat16))
 pieces = dict.fromkeys(["PieceK", "PieceV"], descriptor("fp32", gl.float32))
 pointers = dict(W="*fp32", Index="*i64", Stats="*fp32", Pairs="*i32", Offsets="*i32", Items="*i32",
                 scale="fp32")
 constants = dict(GROUP=2, D=16, ROWS=64, KEYS=64, ONE=False, SLOTS=8, BLOCKS=2, SEGMENT=64)
-for kernel in (hopper.forward_kernel, hopper.backward_q_kernel, hopper.backward_kv_kernel):
+for kernel in (hopper.backward_q_kernel, hopper.backward_kv_kernel):
     names = kernel.arg_names
     types = tiles | pieces | pointers | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
