@@ -89,6 +89,8 @@ def run_niah(args, device):
     require(PAPER_NAMES.get(name, name) == "needles",
             f"--ckpt must be of a run with --task needles, got --task {name}")
     cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)
+    require(not args.n_needle or settings["needle"] != "single",
+            "--n_needle must be left out with --needle single: its contexts have one needle")
     corpus = load_corpus(settings["data"])
     check_corpus(corpus, saved, args.ckpt, args.data)
     task = Needles(settings, corpus)

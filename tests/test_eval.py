@@ -83,6 +83,8 @@ def test_several_numbers_of_needles_in_a_haystack_of_packages(run, tmp_path, cap
     error = refused(capsys, evaluation.main, *line, "--n_needle", "2,99")
     assert "--n_needle must be at most 9 in 300 tokens" in error
     assert "--n_needle" in refused(capsys, evaluation.main, *line, "--n_needle", "2,,3")
+    error = refused(capsys, evaluation.main, *line, "--n_needle", "3", "--needle", "single")
+    assert "--n_needle must be left out" in error
 
 
 def test_a_checkpoint_of_before_knows_where_its_needles_lie(run, tmp_path):

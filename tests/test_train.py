@@ -159,7 +159,7 @@ def test_a_signal_in_the_last_step_starts_no_table(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_a_stopped_run_resumes_as_if_it_had_not_been(name, text_run, tmp_path, no_table):
+def test_a_stopped_run_resumes_as_if_it_had_not_been(name, text_run, tmp_path, no_table, capsys):
     """Whenever the signal comes: after a checkpoint at the least, which is the only thing waited for."""
     line = [sys.executable, "train.py", "--out", tmp_path, *TEXT_FLAGS]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -177,6 +177,8 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been(name, text_run, tmp_path, n
         assert whole == resumed
         for name, tensor in load_checkpoint(text_run / "ckpt.pt", DEVICE)[1]["model"].items():
             assert torch.equal(tensor, load_checkpoint(tmp_path / "ckpt.pt", DEVICE)[1]["model"][name]), name
+    train(tmp_path, "--resume", "--device", DEVICE.type)
+    assert f"The run in {tmp_path} has done its 40 steps" in capsys.readouterr().out
 
 
 def test_needle_training_resumes_with_its_context_length(tmp_path, no_table, monkeypatch):

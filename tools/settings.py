@@ -75,7 +75,8 @@ def setup(TrainConfig, presets, argv):
     run = Run(args.out, ranks, config.steps, task, flops_per_token(model_config, n_matrix, config.seq_len))
     if run.first:
         run.lock = prepare_folder(args.out, args.resume)        # held until the process ends
-        exits.say(what_trains(model, config))
+        exits.say(what_trains(model, config) if not saved or saved["step"] < config.steps else
+                  f"The run in {args.out} has done its {config.steps} steps; it goes on with more --steps.")
     return config, model, task, run, saved
 
 
