@@ -4,7 +4,7 @@
     python eval.py ppl --ckpt drt/ckpt.pt base/ckpt.pt              perplexity by length, --by document
     python eval.py summarize --ckpt drt/ckpt.pt base/ckpt.pt        summaries of documents, and their ROUGE
     python eval.py sample --prompt 'import os' --tokens 200         continue a text
-    python eval.py inspect --file gca.py --html page.html           what is retrieved, (tools/trace.py)
+    python eval.py inspect --file gca.py --html page.html           what is retrieved (tools/trace.py)
     python eval.py speed --lengths 16384,1048576                    reading and generating (fast/speed.py)
     python eval.py plot drt.json base.json --out niah.png           pictures of --json (tools/plot.py)
 
@@ -97,8 +97,9 @@ def run_niah(args, device):
     for length in args.lengths or [settings["seq_len"]]:
         task.check(length, "--lengths")
         room = task.haystack.questions_in(length, 10 ** 9)
-        require(max(args.n_needle or [0]) <= room, f"--n_needle must be at most {room} in {length} tokens "
-                f"(and with as many questions), got {args.n_needle and max(args.n_needle)}")
+        most = max(args.n_needle or [0])
+        require(most <= room, f"--n_needle must be at most {room} in {length} tokens (and with as many "
+                f"questions), got {most}")
     read = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
     names = plot.run_names([args.ckpt])
     rows = measure(task, {names[args.ckpt]: model}, read, args.lengths, args.questions, args.seed,
@@ -209,7 +210,7 @@ def run_sample(args, device):
     sampling = args.temperature, args.sample_top_k, args.sample_top_p
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     with cli.autocast(device, cli.pick_dtype(args.dtype, device)):
-        fast.check(model)
+        fast.check(fast.apply(model))
         for token in fast.generate(model, tokens, args.tokens, *sampling, offload=args.offload):
             print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))

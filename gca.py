@@ -69,8 +69,8 @@ def copy_retrieved(x, indices, n_head):
     B, Ck, Sk, Hkv, D = x.shape
     if Ck == 0:
         return x.new_zeros(*indices.shape, Sk, n_head, D)
-    wrong = (indices < -1) | (indices >= Ck)        # nobody's chunk, so that torch refuses it where compiled
-    numbers = chunk_numbers(indices, Ck).clamp(min=0).masked_fill(wrong, B * Ck)        # code does not check
+    wrong = (indices < -1) | (indices >= Ck)
+    numbers = chunk_numbers(indices, Ck).clamp(min=0).masked_fill(wrong, B * Ck)        # which torch refuses
     x = x.flatten(0, 1).index_select(0, numbers.flatten()).unflatten(0, indices.shape)
     x = torch.where(indices[..., None, None, None] < 0, 0, x)           # an empty slot is a chunk of zeros
     return x.repeat_interleave(n_head // Hkv, dim=4) if n_head > Hkv else x

@@ -12,8 +12,8 @@ Layers say what is computed. The text that is read says who attends to whom: Who
 of a longer text. DRT.hidden, at the end, is the data flow of both.
 
 Shapes: B batch, T text tokens, N positions of text and landmarks, C chunks of S positions (S - 1 text tokens
-and a landmark; the last chunk may be incomplete), K chunks retrieved for each chunk, W sliding window,
-d width, H heads of width D, G groups of upper layers.
+and a landmark; the last chunk may be incomplete), M complete chunks, K chunks retrieved for each chunk, W
+sliding window, d width, H heads of width D, G groups of upper layers.
 """
 import math
 from dataclasses import dataclass
@@ -197,12 +197,12 @@ class ChunkEncoder(nn.Module):
             nn.init.zeros_(layer.mlp.down.weight)
 
     def forward(self, x):
-        """x (B, C, S, d) -> landmarks (B, C, d), k and v (B, C, S - 1, Hkv, D).
+        """x (B, M, S, d) -> landmarks (B, M, d), k and v (B, M, S - 1, Hkv, D).
 
         The paper gives the landmark's own row a zero key and value: exp(0) = 1 in the denominator and nothing
         in the sum, which is softmax-off-by-one. gca() has that built in, so only the text rows are kept.
         """
-        B, C, S, _ = x.shape
+        B, M, S, _ = x.shape
 
         def attend(q, k, v):                 # each position of a chunk to all of them
             if not len(q):                   # no chunk is complete: torch's attention fails on some GPUs
@@ -214,7 +214,7 @@ class ChunkEncoder(nn.Module):
         x = self.norm_in(x).flatten(0, 1)                   # chunks are the batch
         for layer in self.layers:
             x = layer(x, attend)
-        x = self.norm_out(x).unflatten(0, (B, C))
+        x = self.norm_out(x).unflatten(0, (B, M))
         text, landmarks = x[:, :, :-1], x[:, :, -1]
         k = self.key(text).unflatten(-1, (-1, self.head_dim))
         v = self.value(text).unflatten(-1, (-1, self.head_dim))
@@ -255,7 +255,7 @@ def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
 def retrieve(scores, top_k, retriever="learned", explore=False):
     """For each chunk t, the K strictly earlier chunks c with the highest scores r_t,c, and their weights.
 
-    scores (B, C, C) -> weights, indices (B, C, K); index -1 where a slot is empty. explore: choose by scores
+    scores (B, M, M) -> weights, indices (B, M, K); index -1 where a slot is empty. explore: choose by scores
     with Gumbel noise; weights are without. retriever: as in DRTConfig.
     """
     chunk = torch.arange(scores.shape[1], device=scores.device)
@@ -267,8 +267,9 @@ def retrieve(scores, top_k, retriever="learned", explore=False):
     if retriever == "random" or (explore and retriever == "learned"):
         ranking = ranking - torch.empty_like(ranking).exponential_().log()      # -log(Exp(1)): Gumbel noise
     ranking = ranking.masked_fill(chunk >= chunk[:, None], float("-inf"))
-    best, indices = ranking.sort(descending=True, stable=True)      # stable, as topk is not: of equal scores
-    best, indices = best[..., :top_k], indices[..., :top_k]         # the earlier chunk, on every machine
+    # Of equal scores a stable sort takes the earlier chunk on every machine, which topk does not.
+    best, indices = ranking.sort(descending=True, stable=True)
+    best, indices = best[..., :top_k], indices[..., :top_k]
     empty = best == float("-inf")                           # fewer than K chunks are earlier
     weights = softmax_of_filled(scores.gather(-1, indices), empty)
     n_spare = top_k - indices.shape[-1]
@@ -284,7 +285,7 @@ def softmax_of_filled(scores, empty):        # over slots (.., K); an empty slot
 class WholeText:
     """T tokens that are read all at once: where chunks lie, and who attends to whom.
 
-    choose: a function of a group's scores (B, C, C) in the place of retrieve()
+    choose: a function of a group's scores (B, M, M) in the place of retrieve()
     """
 
     def __init__(self, model, T, choose=None):
@@ -309,7 +310,7 @@ class WholeText:
     def retrieve(self, group, x):
         """For the layers of a group, whose input is x (B, N, d): read(q), q (B, N, H, D) -> (B, N, H, D)."""
         model, S, n_chunk = self.model, self.S, math.ceil(x.shape[1] / self.S)
-        query = model.query_norms[group](self.complete_chunks(x)[:, :, -1])     # (B, complete chunks, d)
+        query = model.query_norms[group](self.complete_chunks(x)[:, :, -1])     # (B, M, d)
         chunk = torch.arange(query.shape[1], device=x.device)
         with torch.autocast(x.device.type, enabled=False):                      # ranking needs full precision
             scores = model.scores(group, query, self.landmarks, chunk, chunk)
@@ -329,7 +330,7 @@ class WholeText:
     def remove_landmarks(self, x):           # (B, N, d) -> (B, T, d): landmarks predict nothing
         return to_chunks(x, self.S)[:, :, :-1].flatten(1, 2)[:, :self.T]
 
-    def complete_chunks(self, x):            # (B, N, d) -> (B, number of complete chunks, S, d)
+    def complete_chunks(self, x):            # (B, N, d) -> (B, M, S, d)
         n = x.shape[1] // self.S
         return x[:, :n * self.S].unflatten(1, (n, self.S))
 

@@ -3,10 +3,11 @@
     python train.py                                            needles, in minutes
     python train.py --seed 1 --n_layer 4 --n_group 2 --out runs/deep
     python train.py --init_from lm/ckpt.pt --data data/code    needles, with a language model's weights
-    torchrun --nproc_per_node 8 train.py --preset pg19         the paper's pre-training, on several GPUs
+    torchrun --nproc_per_node 8 train.py --preset pg19         a language model of the paper's size, on 8 GPUs
 
-train() below is the loop. Contexts start short. For needles they double whenever the answers are right:
-retrieval is learned within minutes when there are few chunks to choose from, and carries over to many.
+train() below is the loop. Contexts may start short (start_len). For needles they double whenever the answers
+are right: retrieval is learned within minutes when there are few chunks to choose from, and carries over to
+many.
 
 Writes to --out: ckpt.pt, and the one before it, ckpt.prev.pt; log.csv, one row a step; and the table it ends
 with, as JSON. A run that was stopped goes on with --resume, exactly as if it had not been.
@@ -96,7 +97,7 @@ def train(config, model, task, run, saved=None):
     step, length = 0, task.lengths()[0]
     if saved:
         load_optimizer(optimizer, saved["optimizer"])
-        scaler.load_state_dict(saved.get("scaler", {}) or scaler.state_dict())
+        scaler.load_state_dict(saved.get("scaler", {}) or scaler.state_dict())     # {}: it was not float16
         step, length = saved["step"], saved["length"]
     objective = ranks.objective(model, task.loss, config)       # task.loss(model, *batch), for all processes
     done = step >= config.steps
@@ -124,7 +125,7 @@ def train(config, model, task, run, saved=None):
             # Update the weights. A step whose gradient is not finite changes nothing.
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("share", 1.0)
+                group["lr"] = lr * group.get("share", 1.0)             # old checkpoints have none
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             skipped = (~grad_norm.isfinite()).float()
@@ -157,7 +158,7 @@ def learning_rate(step, config):
 
 
 def make_optimizer(model, config):
-    """AdamW as the paper has it, with weight decay on matrices only; encoder layers may learn slower."""
+    """AdamW with the paper's settings, but weight decay on matrices only; encoder layers may learn slower."""
     groups = {(share, is_matrix): dict(params=[], share=share, weight_decay=config.weight_decay * is_matrix)
               for share in (1.0, config.encoder_lr) for is_matrix in (True, False)}
     for name, p in model.named_parameters():

@@ -1,8 +1,8 @@
 """The smallest model that retrieves: `python docs/smallest.py`, a minute on a CPU.
 
 A text is chunks of 8 tokens, each with a name, its value and filler: 0 name value value value . . . The
-second-to-last chunk asks for a name, 1 name 1 1 1 1 1 1, and the last one has to begin with its value. The
-window is the chunk itself, so what the last chunk knows of the value, it has read through gca().
+second-to-last chunk asks for a name, 1 name 1 1 1 1 1 1, and the last one has to say its value after a 0. The
+window is the chunk itself, so the last chunk has the value from gca() alone.
 """
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from gca import gca
 
-S, K, D, VOCAB = 8, 4, 64, 514          # tokens in a chunk, chunks that each one retrieves, width, tokens
+S, K, D, VOCAB = 8, 4, 64, 514          # tokens in a chunk (no landmark), chunks it retrieves, width, tokens
 
 
 class Smallest(nn.Module):
@@ -39,15 +39,14 @@ class Smallest(nn.Module):
         # Retrieval: landmark t scores all chunks before t, and chooses the K best for chunk t + 1.
         h = self.norms[1](x)
         scores = self.search(h[:, :, -1]) @ self.key(h[:, :, -1]).mT * D ** -0.5        # (B, C, C)
-        scores = scores.masked_fill(torch.ones(C, C).triu().bool(), float("-inf"))
-        best, indices = scores.topk(K)                                                  # (B, C, K)
+        best, indices = scores.masked_fill(torch.ones(C, C).triu().bool(), float("-inf")).topk(K)   # (B, C, K)
         empty = best == float("-inf")                                   # the first chunks have none before
         weights = best.masked_fill(empty, -1e9).softmax(-1).masked_fill(empty, 0)
         weights = F.pad(weights, (0, 0, 1, -1))                         # what t retrieved serves t + 1
         indices = F.pad(indices.masked_fill(empty, -1), (0, 0, 1, -1), value=-1)
 
         # GCA: tokens read the K chunks, and add up what they read by the weights. So scores have a gradient.
-        k, v = self.kv(h).unsqueeze(3).chunk(2, dim=-1)                                 # one head
+        k, v = self.kv(h[:, :, :S]).unsqueeze(3).chunk(2, dim=-1)                                 # one head
         x = x + gca(self.q(h).unsqueeze(3), k, v, weights, indices).squeeze(3)
         return self.norms[2](x)[:, :, :S] @ self.embedding.weight[:VOCAB].T
 
@@ -65,16 +64,17 @@ def texts(B, C):
 torch.manual_seed(0)
 model = Smallest()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(1, 301):
+for step in range(1, 401):
     x, value = texts(128, 8 if step <= 200 else 16)                     # few chunks to choose from at first
-    logits = model(x)[:, -1, :3]                                        # position i predicts token i + 1
-    loss = F.cross_entropy(logits.flatten(0, 1), value.flatten())
+    loss = F.cross_entropy(model(x)[:, -1, :3].flatten(0, 1), value.flatten())      # i predicts token i + 1
     optimizer.zero_grad()
     loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     if step % 50 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 for C in (8, 64, 512):                                                  # chunks
     x, value = texts(16, C)
-    right = (model(x)[:, -1, :3].argmax(-1) == value).all(1).float().mean()
+    with torch.no_grad():
+        right = (model(x)[:, -1, :3].argmax(-1) == value).all(1).float().mean()
     print(f"{C * S:,} tokens: {right:.0%} of the values copied")

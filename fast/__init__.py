@@ -1,10 +1,10 @@
 """The same results, faster. gca.py, model.py and tasks/ never import this package: it works from outside.
 
-    model = apply(model)                    swaps three functions of a model that exists, by the table below
+    model = apply(model)                    swaps up to three functions of a model, by the table below
     memory = Memory(model)                  what reading leaves behind (memory.py)
     logits = read(model, tokens, memory)    reads on, instead of reading everything again (stream.py)
     for tokens in generate(model, ..): ..   generates, at a nearly constant cost per token (generate.py)
-    check(model)                            whether all this still does what the plain files do
+    check(model)                            whether reading in pieces still gives what the plain files give
 
     gca.py, hopper.py, launch.py    the kernels          window.py, loss.py    the table's other twins
     training.py                     steps as CUDA graphs, which tools/run.py asks for in train.py's loop
@@ -76,9 +76,9 @@ def check(model):
     does not. Pieces are of half a window, and of one token each at the end.
     """
     S, K, W = model.config.chunk_size, model.config.top_k, model.config.window
-    n = (K + 1) * (S - 1)               # so few chunks that each retrieves all before it, even by chance;
+    n = (K + 1) * (S - 1)               # so few chunks that each retrieves all before it, even by chance
     if model.config.retriever != "random":
-        n = max(n, W + S)               # otherwise also more than the window holds
+        n = max(n, W + S)               # more than the window holds
     device, draw = model.embedding.weight.device, torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, n), generator=draw).to(device)
     original = copy.copy(model)                         # the same weights

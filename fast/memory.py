@@ -195,9 +195,9 @@ class Memory:
         self.length = 0                                         # text tokens read so far
         self.window = [None] * config.n_layer                   # each layer's (k, v) of the last W positions
         self.bias = band_bias(1, config.window + 1, config.window, model.slopes)[:, 0]  # of a single query
-        self.unfinished = None                                  # (B, <S, d) lower decoder's output for it
+        self.unfinished = None                                  # (B, <S, d) of the lower decoder, last chunk
         no_slot = torch.zeros(batch_size, 1, config.top_k, device=self.device)
-        self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group   # weights, indices: for this chunk
+        self.serving = [(no_slot, no_slot.long() - 1)] * config.n_group   # weights, indices: for that chunk
         self.served = {}                                        # what serve() returned last, for each group
         self.pages = []                                         # the chunks, in order
         self.is_own = False                                     # the last page is this memory's alone
@@ -213,8 +213,6 @@ class Memory:
     def append(self, *tensors):
         """Store whole chunks: their landmarks, keys and values, (B, C, ...) each."""
         n_new = tensors[0].shape[1]
-        if not n_new and self.pages:
-            return
         if not (self.is_own and self.pages[-1].used + n_new <= self.pages[-1].tensors[0].shape[1]):
             self.open_page(tensors, n_new)
         self.pages[-1].write(tensors)
@@ -237,7 +235,7 @@ class Memory:
         if self.capacity and not self.pages:
             room = max(n_new, self.capacity // (self.model.config.chunk_size - 1))
         if self.cache:
-            room = max(n_new, min(max(room, total), PINNED_BYTES // tensors[1][0, :1].nbytes if n_new else 0))
+            room = max(n_new, min(max(room, total), PINNED_BYTES // tensors[1][:, :1].nbytes if n_new else 0))
         new = Page.like(tensors, room, self.cache is not None)
         if moved and self.cache and self.device.type == "cuda":
             copy_stream(self.device).synchronize()              # chunks may still be on their way
@@ -319,7 +317,7 @@ class Memory:
 
     @property
     def nbytes(self):
-        """Bytes in use by place: dict(gpu=.., cpu=..)."""
+        """Bytes allocated by place, room for more chunks included: dict(gpu=.., cpu=..)."""
         tensors = [x for pair in (*self.window, *self.serving) if pair for x in pair]
         tensors += [x for page in self.pages for x in page.tensors]
         if self.unfinished is not None:
@@ -349,6 +347,7 @@ class Memory:
         """The memory in a file that save() wrote; ValueError if it is none, damaged, or another model's."""
         require(Path(path).is_file(), f"no memory file at {path}")
         state = load_saved(path, "a memory that Memory.save wrote", PARTS)
+        require(state["format"] == FORMAT, f"{path} has format {state['format']!r}, and must have {FORMAT!r}")
         require(saved_config(state["config"]) == model.config and state["weights"] == fingerprint(model),
                 f"{path} must be a memory of this model; another model's weights wrote it")
         if not holds_its_length(state, model.config):
@@ -391,14 +390,14 @@ def holds_its_length(state, config):
     def shapes_of(x):
         return tuple(x.shape) if torch.is_tensor(x) else x and [shapes_of(y) for y in x]
 
-    return (state["format"] == FORMAT and B >= 1 and length >= 0
-            and all(shapes_of(state[name]) == shape for name, shape in shapes.items()))
+    return B >= 1 and length >= 0 and all(shapes_of(state[name]) == shape for name, shape in shapes.items())
 
 
 class State:
-    """Of a model's weights and settings: whether they are what they were, at next to no cost.
+    """Of a model's weights and settings: whether they are what they were.
 
-    torch counts a tensor's changes, but not those by a fused optimizer: hence one number of each, too.
+    torch counts a tensor's changes, but not those by a fused optimizer: hence one number of each, too. That
+    waits for the GPU, once for each call of read().
     """
 
     def __init__(self, model):
@@ -414,7 +413,7 @@ class State:
 
 
 def fingerprint(model):
-    """A number that two models share only if all their weights are the same."""
+    """A number that two models share if all their weights are the same, and hardly otherwise."""
     number = 0
     for p in model.parameters():
         number = zlib.crc32(p.detach().float().cpu().contiguous().numpy(), number)

@@ -115,7 +115,7 @@ class Piece:
         memory, S, n_whole = self.memory, self.grid.S, self.grid.whole * self.grid.S
         x = torch.cat([memory.unfinished, x], dim=1) if memory.unfinished is not None else x
         memory.unfinished = copy_of(x[:, n_whole:])
-        if n_whole or not memory.pages:
+        if n_whole or not memory.pages:                 # GCA takes an empty page, but not none
             memory.append(*self.model.encoder(x[:, :n_whole].unflatten(1, (self.grid.whole, S))))
 
     def retrieve(self, group, x):

@@ -1,8 +1,8 @@
-"""Sliding-window attention with ALiBi, faster: the twin of model.py's, and what it calls where that pays.
+"""Sliding-window attention with ALiBi, faster: the twin of model.py's, and what is called in its place.
 
     window_attention      flex_window on a GPU, for wide windows and many queries; otherwise model.py's
     flex_window           one kernel that reads only the blocks inside the window (torch's flex_attention)
-    one_query_attention   for a single query, in generation
+    one_query_attention   for a single query; stream.py calls it, in generation
 
 All take q (B, H, n, D) and k, v (B, Hkv, m, D) with m >= n: the queries are the last n of the m positions.
 """

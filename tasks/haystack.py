@@ -9,7 +9,7 @@ borders):
 The question has to *end* a chunk, because it is that chunk's landmark which retrieves, for the tokens of the
 next chunk. Its colon opens the next chunk: it is the first token that sees what was retrieved, and predicts
 the answer, as in the authors' released code. (The last text token of a chunk predicts before its own landmark
-has retrieved.) Other than there, every needle is asked for.
+has retrieved.) In the released code a context has one question; here every needle is asked for.
 
 Names and values are random: bytes that source code hardly contains, or GPT-2 tokens of any kind.
 `python -m tasks.needles` shows an example, one chunk a line. chains.py has pairs of needles.
