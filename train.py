@@ -58,8 +58,7 @@ class TrainConfig:
 LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8,
           seq_len=16380, start_len=0,                       # 260 chunks of 63
           batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
-          gca_residual=False,
-          encoder_identity=True, encoder_lr=0.1)            # not in the paper: docs/pretraining.md
+          gumbel=False, encoder_identity=True, encoder_lr=0.1)      # not in the paper: docs/pretraining.md
 PRESETS = {
     "cpu": dict(n_encoder=1),
     "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
@@ -68,17 +67,17 @@ PRESETS = {
     "multihop": dict(needle="multihop", n_layer=8, n_encoder=1, top_k=8, n_needle=2, n_value=4, start_len=80,
                      seq_len=1024, batch_size=256, batch_tokens=32768, steps=2000, lr=3e-3,
                      encoder_rope=False, gumbel=False),
-    "code": LM | dict(data="data/code", n_layer=8, n_embd=384, n_head=6, top_k=16, gca_residual=True,
-                      gumbel=False, recency=True, query_gain=8, start_len=1008, seq_len=8064,
-                      batch_size=32, batch_tokens=32256, steps=9000, warmup=100, validate_every=400),
+    "code": LM | dict(data="data/code", n_layer=8, n_embd=384, n_head=6, top_k=16, recency=True, query_gain=8,
+                      start_len=1008, seq_len=8064, batch_tokens=32256, steps=9000, warmup=100,
+                      validate_every=400),
     "code-cpu": LM | dict(data="data/code-cpu", n_layer=4, n_encoder=1, n_embd=64, n_head=4, chunk_size=32,
-                          window=32, top_k=4, gca_residual=True, gumbel=False, recency=True,
-                          seq_len=1984, batch_size=1, batch_tokens=1984, steps=2400, lr=4e-3, warmup=100,
-                          validate_every=400, compile=False),
+                          window=32, top_k=4, recency=True, seq_len=1984, batch_size=1, batch_tokens=1984,
+                          steps=2400, lr=4e-3, warmup=100, validate_every=400, compile=False),
     "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
-                       gca_residual=True, gumbel=False, start_len=1008, seq_len=8064, batch_size=64,
-                       batch_tokens=64512, steps=3000, warmup=100, validate_every=100),
-    "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000),
+                       start_len=1008, seq_len=8064, batch_size=64, batch_tokens=64512, steps=3000,
+                       warmup=100, validate_every=100),
+    "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000,
+                      gumbel=True, gca_residual=False),     # as the released code has them
 }
 
 

@@ -39,7 +39,7 @@ class Smallest(nn.Module):
         # Retrieval: landmark t scores all chunks before t, and chooses the K best for chunk t + 1.
         h = self.norms[1](x)
         scores = self.search(h[:, :, -1]) @ self.key(h[:, :, -1]).mT * D ** -0.5        # (B, C, C)
-        best, indices = scores.masked_fill(torch.ones(C, C).triu().bool(), float("-inf")).topk(K)   # (B, C, K)
+        best, indices = scores.masked_fill(torch.ones(C, C).triu().bool(), float("-inf")).topk(K)  # (B, C, K)
         empty = best == float("-inf")                                   # the first chunks have none before
         weights = best.masked_fill(empty, -1e9).softmax(-1).masked_fill(empty, 0)
         weights = F.pad(weights, (0, 0, 1, -1))                         # what t retrieved serves t + 1
