@@ -46,7 +46,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
             read.reset()
             table, numbers = task.measure(model, read, lengths, n, seed, **options), read.numbers()
             for row in tqdm(table, name, leave=False, unit="row", disable=None):       # only on a terminal
-                numbers = read.numbers() if read.tokens else numbers        # of several rows at once
+                numbers = read.numbers() if read.tokens else numbers    # rows that were read together share
                 rows.append(dict(model=name) | row | numbers)
                 if not sys.stderr.isatty():                                 # no bar: a line in the log
                     first = next(iter(row.values()))
@@ -56,6 +56,17 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
         if rows:
             report.print_table(rows)
     return rows
+
+
+def load_all(args, device):
+    """{name: (path, DRT, settings)} of the checkpoints in --ckpt, and the corpus to measure them on."""
+    names, loaded, corpus = plot.run_names(args.ckpt), {}, None
+    for path in args.ckpt:
+        model, saved = load_checkpoint(path, device, RUN_PARTS)
+        corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
+        check_corpus(corpus, saved, path, args.data)
+        loaded[names[path]] = path, model, saved["settings"]
+    return loaded, corpus
 
 
 # ---------------------------------------------------------------- needles
@@ -126,21 +137,17 @@ def ppl_flags(parser):
 
 
 def run_ppl(args, device):
-    models, settings, corpus = {}, {}, None
-    names = plot.run_names(args.ckpt)
-    for path in args.ckpt:
-        model, saved = load_checkpoint(path, device, RUN_PARTS)
-        corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
-        check_corpus(corpus, saved, path, args.data)
+    models, settings, (loaded, corpus) = {}, {}, load_all(args, device)
+    for run, (path, model, trained) in loaded.items():
         is_drt = model.config.n_group > 0
         require(is_drt or not args.retriever or len(args.ckpt) > 1,
                 f"--retriever: {path} must be of a DRT: a base LM retrieves nothing")
         for retriever in args.retriever if args.retriever and is_drt else [model.config.retriever]:
-            name = names[path] + f", {retriever}" * (is_drt and len(args.retriever or []) > 1)
+            name = run + f", {retriever}" * (is_drt and len(args.retriever or []) > 1)
             models[name] = copy.copy(model)                                 # the same weights
             models[name].config = copy.copy(model.config)
             models[name].config.retriever = retriever
-            settings[name] = saved["settings"] | dict(retriever=retriever)
+            settings[name] = trained | dict(retriever=retriever)
     require(args.split != "test" or corpus.test is not None,
             "--split must be val: the corpus has no test split")
     window = min(model.config.window for model in models.values())
@@ -169,23 +176,18 @@ def summarize_flags(parser):
 def run_summarize(args, device):
     """ROUGE of generated summaries, and a few of them beside the true ones."""
     require(rouge_scorer(), "summaries are scored by the package rouge-score: pip install rouge-score")
-    models, reports, corpus, examples = {}, {}, None, {}
-    names = plot.run_names(args.ckpt)
-    for path in args.ckpt:
-        model, saved = load_checkpoint(path, device, RUN_PARTS)
-        corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
-        check_corpus(corpus, saved, path, args.data)
-        models[names[path]] = model
-        reports[names[path]] = vars(SummaryConfig()) | saved["settings"]
-    read, rows = Reader(device, cli.pick_dtype(args.dtype, device)), []
-    for name, model in models.items():
+    loaded, corpus = load_all(args, device)
+    reports, examples, rows = {}, {}, []
+    read = Reader(device, cli.pick_dtype(args.dtype, device))
+    for name, (_, model, trained) in loaded.items():
+        reports[name] = vars(SummaryConfig()) | trained
         task = Summaries(reports[name], corpus)
         rows += measure(task, {name: model}, read, None, args.documents, args.seed, split=args.split)
         reports[name] |= task.measured_on(args.split)
         examples[name] = task.examples
     for i, (kind, lead, references, _) in enumerate(next(iter(examples.values()))):
         exits.say(f"\n{kind}  {exits.visible(lead)[:100]}\n  true: {exits.visible(references[0])[:300]}")
-        for name in models:
+        for name in examples:
             exits.say(f"  {name}: {exits.visible(examples[name][i][-1])[:300]}")
     return reports, rows
 
