@@ -1,7 +1,7 @@
 """Train a DRT: to find needles in real text, or as a language model on a corpus.
 
     python train.py                                            needles, in minutes
-    python train.py --seed 1 --n_layer 4 --n_group 2 --out runs/deep
+    python train.py --seed 1 --n_layer 8 --n_group 2 --out runs/deep
     python train.py --init_from lm/ckpt.pt --data data/code    needles, with a language model's weights
     torchrun --nproc_per_node 8 train.py --preset pg19         a language model of the paper's size, on 8 GPUs
 
@@ -38,7 +38,7 @@ class TrainConfig:
     batch_size: int = 64            # contexts in a batch, over all GPUs
     batch_tokens: int = 8192        # most tokens in a batch; of long contexts it has fewer, at least one
     micro_batch: int = 0            # contexts that a GPU takes at once, to save memory; 0: all
-    steps: int = 600                # updates of the weights
+    steps: int = 750                # updates of the weights
     lr: float = 4e-3                # peak learning rate
     final_lr: float = 0.1           # where the cosine ends, as a share of the peak
     warmup: int = 50                # steps of linear warm-up
@@ -60,10 +60,10 @@ LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=
           batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
           gumbel=False, encoder_identity=True, encoder_lr=0.1)      # not in the paper: docs/pretraining.md
 PRESETS = {
-    "cpu": dict(n_encoder=1),
-    "gpu": dict(n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48, n_value=12,
-                start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536, steps=3000, lr=2e-3,
-                gumbel=False),
+    "cpu": dict(n_encoder=1, anywhere=True, gumbel=False),
+    "gpu": dict(n_layer=4, n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48,
+                n_value=12, anywhere=True, start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536,
+                steps=3000, lr=2e-3, gumbel=False),
     "multihop": dict(needle="multihop", n_layer=8, n_encoder=1, top_k=8, n_needle=2, n_value=4, start_len=80,
                      seq_len=1024, batch_size=256, batch_tokens=32768, steps=2000, lr=3e-3,
                      encoder_rope=False, gumbel=False),

@@ -46,7 +46,7 @@ class Smallest(nn.Module):
         indices = F.pad(indices.masked_fill(empty, -1), (0, 0, 1, -1), value=-1)
 
         # GCA: tokens read the K chunks, and add up what they read by the weights. So scores have a gradient.
-        k, v = self.kv(h[:, :, :S]).unsqueeze(3).chunk(2, dim=-1)                                 # one head
+        k, v = self.kv(h[:, :, :S]).unsqueeze(3).chunk(2, dim=-1)                       # one head
         x = x + gca(self.q(h).unsqueeze(3), k, v, weights, indices).squeeze(3)
         return self.norms[2](x)[:, :, :S] @ self.embedding.weight[:VOCAB].T
 

@@ -6,7 +6,7 @@
     gaps            Heads that are slices of a larger tensor are read where they are.
     hopper.py       On H100s and H200s, the backward pass once more, one level below Triton.
 
-docs/kernels.md has what each of these gave, and what was tried. Shapes are gca.py's.
+docs/log.md has what each of these gave, and what was tried. Shapes are gca.py's.
 """
 from __future__ import annotations
 
@@ -384,7 +384,4 @@ def in_words(model):
     config = model.config
     D, S = config.n_embd // config.n_head, config.chunk_size
     x = torch.empty(1, 1, S, config.n_head, D, dtype=torch.bfloat16, device="meta")
-    if not tile_rows(x, x[:, :, 1:]):
-        return "reference attention"
-    options = launch_options(x, x[:, :, 1:], config.softmax_one)
-    return "Hopper kernels" if hopper and hopper.fits(x, options) else "Triton kernels"
+    return "Triton kernels" if tile_rows(x, x[:, :, 1:]) else "reference attention"

@@ -211,7 +211,7 @@ class Memory:
         return [page.tensors[0][:, :page.used] for page in self.pages]
 
     def append(self, *tensors):
-        """Store whole chunks: their landmarks, keys and values, (B, C, ...) each."""
+        """Store whole chunks, none only at first: their landmarks, keys and values, (B, C, ...) each."""
         n_new = tensors[0].shape[1]
         if not (self.is_own and self.pages[-1].used + n_new <= self.pages[-1].tensors[0].shape[1]):
             self.open_page(tensors, n_new)

@@ -1,6 +1,6 @@
 """The training step of a small batch as CUDA graphs: one launch forward, one backward, instead of hundreds.
 
-A step of the preset `gpu` is 500 kernels, most of them a few microseconds long, which Python launches more
+A step of the preset `gpu` is hundreds of kernels, most a few microseconds long, which Python launches more
 slowly than the GPU runs them. Batches keep their shape for hundreds of steps, so kernels are recorded once
 and replayed. While the GPU works, Python draws the next batch.
 """

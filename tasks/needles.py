@@ -182,7 +182,7 @@ class Needles:
 
 def show_example():
     """Print one context, a chunk a line."""
-    haystack, rng = Haystack(n_text=15, n_value=6), np.random.default_rng()
+    haystack, rng = Haystack(n_text=15, n_value=6, anywhere=True), np.random.default_rng()
     tokens, _, _ = haystack.batch(stdlib_corpus().val, rng, 1, 128, 3)
     for i in range(0, 128, 15):
         chunk = bytes(tokens[0, i:i + 15].tolist())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = 15                                   # text tokens in a chunk of the default configuration
 TINY_FLAGS = f"""--preset cpu --n_embd 16 --n_head 1 --top_k 2 --batch_size 4 --warmup 2
                  --device {DEVICE.type}""".split()
-TEXT_FLAGS = [*TINY_FLAGS, *"""--task text --seq_len 100 --steps 40 --checkpoint_every 7
+TEXT_FLAGS = [*TINY_FLAGS, *"""--task text --gumbel true --seq_len 100 --steps 40 --checkpoint_every 7
                                --validate_every 20""".split()]
 
 

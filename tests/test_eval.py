@@ -72,12 +72,12 @@ def test_plain_reading_is_spared_lengths_that_nobody_asked_for(run, capsys, monk
 
 def test_several_numbers_of_needles_in_a_haystack_of_packages(run, tmp_path, capsys):
     line = ["niah", "--ckpt", run, "--lengths", "300,600", "--questions", 4, *ON]
-    measure(*line, "--n_needle", "2,5", "--anywhere", "true", "--generate", "--json", tmp_path / "niah.json")
+    measure(*line, "--n_needle", "2,5", "--anywhere", "false", "--generate", "--json", tmp_path / "niah.json")
     report = json.loads((tmp_path / "niah.json").read_text())
     assert [row["needles"] for row in report["rows"]] == [2, 2, 5, 5]
     assert [row["length"] for row in report["rows"]] == [300, 600] * 2
     assert all(row["repeats"] == 1 and 0 <= row["written"] <= 100 for row in report["rows"])
-    assert report["settings"]["anywhere"] is True
+    assert report["settings"]["anywhere"] is False
     measure(*line, "--data", "packages", "--retriever", "last", "--json", tmp_path / "niah.json")
     assert json.loads((tmp_path / "niah.json").read_text())["settings"]["data"] == "packages"
     error = refused(capsys, evaluation.main, *line, "--n_needle", "2,99")
@@ -89,11 +89,12 @@ def test_several_numbers_of_needles_in_a_haystack_of_packages(run, tmp_path, cap
 
 def test_a_checkpoint_of_before_knows_where_its_needles_lie(run, tmp_path):
     state = torch.load(run / "ckpt.pt", weights_only=True)
-    state["settings"]["straddle"] = not state["settings"].pop("anywhere")
+    assert state["settings"].pop("anywhere")
+    state["settings"]["straddle"] = False
     torch.save(state, tmp_path / "ckpt.pt")
     line = "niah", "--ckpt", tmp_path, "--lengths", 128, "--questions", 1
     measure(*line, "--json", tmp_path / "x.json", *ON)
-    assert json.loads((tmp_path / "x.json").read_text())["settings"]["anywhere"] is True
+    assert json.loads((tmp_path / "x.json").read_text())["settings"]["anywhere"] is False
 
 
 def test_ppl(run, text_run, tmp_path, capsys):

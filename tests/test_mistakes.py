@@ -171,7 +171,7 @@ def test_memory_files_whose_parts_do_not_fit(change, tmp_path):
     memory.save(tmp_path / "memory")
     state = torch.load(tmp_path / "memory", weights_only=True)
     torch.save(state | change, tmp_path / "memory")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="has format '2'" if "format" in change else "damaged"):
         fast.Memory.load(tmp_path / "memory", model)
 
 

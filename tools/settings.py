@@ -76,7 +76,7 @@ def setup(TrainConfig, presets, argv):
     if run.first:
         run.lock = prepare_folder(args.out, args.resume)        # held until the process ends
         exits.say(what_trains(model, config) if not saved or saved["step"] < config.steps else
-                  f"The run in {args.out} has done its {config.steps} steps; it goes on with more --steps.")
+                  f"The run in {args.out} has done its {config.steps} steps; more --steps would train it on.")
     return config, model, task, run, saved
 
 

@@ -61,7 +61,7 @@ def run(args, device):
         trace, pairs = traces[0]
         title, chunk = f"{args.needles:,} tokens with needles", pairs[-1][0]
         hits, n = sum(first_of_all(*x) for x in traces), sum(len(pairs) for _, pairs in traces)
-        exits.say(f"{hits} of {n} questions retrieved their needle's chunk before all others")
+        exits.say(f"{hits} of {n} questions retrieved a chunk of their needle before all others")
     chunk = chunk if args.chunk is None else args.chunk
     if args.html:
         trace.page(args.html, title, chunk)
@@ -208,7 +208,7 @@ def losses(model, tokens, text):
 
 
 def needle_traces(model, task, length, n_question, seed):
-    """(trace, [(question, its needles)], all as chunks) of contexts with n_question questions in all.
+    """(trace, [(question, its needles)]) of contexts with n_question questions in all: numbers of chunks.
 
     The question is the chunk that opens with its colon, for which the chunk before it has retrieved.
     """
@@ -225,7 +225,8 @@ def needle_traces(model, task, length, n_question, seed):
             for name in np.split(asked, np.flatnonzero(asked == alphabet.ask)):         # one, or a ?d
                 begins = [alphabet.bar, *name[name != alphabet.ask], alphabet.colon]    # |name:
                 found = (np.lib.stride_tricks.sliding_window_view(tokens, len(begins)) == begins).all(1)
-                needles += (np.flatnonzero(found) // n_text).tolist()
+                for i in np.flatnonzero(found).tolist():
+                    needles += range(i // n_text, (i + haystack.needle_length - 1) // n_text + 1)
             pairs.append((question, needles))
         yield Trace(model, torch.from_numpy(tokens).to(model.embedding.weight.device), decode), pairs
 
