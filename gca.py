@@ -338,7 +338,7 @@ flash_backward.register_autograd(second_derivative)
 BACKENDS = {"reference": gca_reference, "triton": flash_forward}        # fast/gca.py adds "fast"
 AXES = {"q": "B Cq Sq Hq D", "k": "B Ck Sk Hkv D", "v": "B Ck Sk Hkv D",
         "weights": "B Cq K", "indices": "B Cq K"}
-DTYPES = {"weights": [torch.float32, torch.float64], "indices": [torch.int32, torch.int64]}
+DTYPES = {"weights": [torch.float32, torch.float64], "indices": [torch.int64, torch.int32]}
 
 
 def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto"):

@@ -1,4 +1,4 @@
-"""The smallest model that retrieves: `python docs/smallest.py`, a minute on a CPU.
+"""The smallest model that retrieves: `python docs/smallest.py`, a minute or two on a CPU.
 
 A text is chunks of 8 tokens, each with a name, its value and filler: 0 name value value value . . . The
 second-to-last chunk asks for a name, 1 name 1 1 1 1 1 1, and the last one has to say its value after a 0. The
