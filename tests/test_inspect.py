@@ -58,6 +58,19 @@ def test_needles_that_were_found_first(needle_run):
         assert pairs and all(len({*needles}) == 2 for _, needles in pairs)
 
 
+def test_a_needle_across_a_border_is_in_both_chunks():
+    settings = vars(NeedleConfig()) | dict(anywhere=True, seq_len=128, chunk_size=16)
+    traces = needle_traces(tiny(), Needles(settings, load_corpus("stdlib")), 300, 12, 0)
+    found = [(seen, question, needles) for seen, pairs in traces for question, needles in pairs]
+    assert {len(needles) for _, _, needles in found} == {1, 2}
+    for seen, question, needles in found:
+        text = bytes(seen.tokens[needles[0] * TEXT:(needles[-1] + 1) * TEXT])
+        name = bytes(seen.tokens[question * TEXT - 4:question * TEXT])
+        begins = text.index(b"|" + name + b":")
+        assert begins < TEXT and text[begins + 12:begins + 13] == b"|"          # |name:value|
+        assert len(needles) == 1 + (begins + 12 >= TEXT)                        # and no chunk besides
+
+
 def test_inspect(needle_run, tmp_path, capsys):
     line = ["inspect", "--ckpt", needle_run[0] / "ckpt.pt", "--device", DEVICE.type]
     (tmp_path / "text").write_text("def f(): pass\n" * 40)
