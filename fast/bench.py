@@ -34,6 +34,7 @@ SHAPES = [("paper", PAPER | dict(retrieval=name)) for name in ("uniform", "skewe
     ("GQA 16/4 x 128", PAPER | dict(Hq=16, Hkv=4, D=128)),
     ("65,536 tokens", PAPER | dict(B=1, Cq=1024, Ck=1024)),
     ("K 32", PAPER | dict(K=32)),
+    ("chunks of 32", dict(B=4, Cq=260, Sq=32, Hq=6, Hkv=6, D=64, Ck=260, Sk=32, K=32)),
     ("8 heads of 16", PAPER | dict(Hq=8, Hkv=8, D=16)),
     ("8 heads of 32", PAPER | dict(Hq=8, Hkv=8, D=32)),
     ("8 chunks", dict(B=1, Cq=8, Sq=64, Hq=8, Hkv=8, D=16, Ck=8, Sk=64, K=4)),

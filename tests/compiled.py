@@ -42,7 +42,7 @@ def needs(capability, dtype, D, n_key):
     """{kernel: KiB of shared memory} on such a GPU; {} where tile_rows refuses such tensors."""
     major, memory = capability // 10, LIMITS[capability] * 1024
     gca.gpu = lambda device: (major, memory)
-    q = torch.empty(1, 1, 64, 1, D, dtype=dtype, device="meta")
+    q = torch.empty(1, 1, min(64, n_key), 1, D, dtype=dtype, device="meta")
     k = torch.empty(1, 1, n_key, 1, D, dtype=dtype, device="meta")
     if not gca.tile_rows(q, k):
         return {}
@@ -57,7 +57,7 @@ def needs(capability, dtype, D, n_key):
     return found
 
 
-def main(capabilities, dtypes=NAMES, widths=(16, 32, 64, 128, 256), keys=(64, 128)):
+def main(capabilities, dtypes=NAMES, widths=(16, 32, 64, 128, 256), keys=(32, 64, 128)):
     too_large = 0
     for capability, dtype, D, n_key in itertools.product(capabilities, dtypes, widths, keys):
         found, limit = needs(capability, dtype, D, n_key), LIMITS[capability]
