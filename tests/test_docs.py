@@ -31,7 +31,6 @@ def test_the_walkthrough_prints_what_it_says(monkeypatch):
     pairs = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", page, flags=re.S)
     assert len(pairs) == 13 == len(blocks(ROOT / "docs/walkthrough.md", "python"))
     session = {}
-    torch.set_default_device("cpu")
     for number, (code, expected) in enumerate(pairs, 1):
         if number == 9 and not triton or number > 11 and not is_of_quick_start(ROOT / "out/ckpt.pt"):
             continue
