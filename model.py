@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from gca import gca, require
 
 RETRIEVERS = "learned", "random", "last"
+NO_LABEL = -100             # a target that counts nothing in the loss, as in torch
 
 
 @dataclass
@@ -259,13 +260,7 @@ def retrieve(scores, top_k, retriever="learned", explore=False):
     with Gumbel noise; weights are without. retriever: as in DRTConfig.
     """
     chunk = torch.arange(scores.shape[1], device=scores.device)
-    if retriever != "learned":
-        scores = torch.zeros_like(scores)                   # so that all weigh the same
-    ranking = scores.detach()
-    if retriever == "last":
-        ranking = ranking + chunk
-    if retriever == "random" or (explore and retriever == "learned"):
-        ranking = ranking - torch.empty_like(ranking).exponential_().log()      # -log(Exp(1)): Gumbel noise
+    scores, ranking = scores_and_ranking(scores, chunk, retriever, explore)
     ranking = ranking.masked_fill(chunk >= chunk[:, None], float("-inf"))
     # Of equal scores a stable sort takes the earlier chunk on every machine, which topk does not.
     best, indices = ranking.sort(descending=True, stable=True)
@@ -274,6 +269,18 @@ def retrieve(scores, top_k, retriever="learned", explore=False):
     weights = softmax_of_filled(scores.gather(-1, indices), empty)
     n_spare = top_k - indices.shape[-1]
     return F.pad(weights, (0, n_spare)), F.pad(indices.masked_fill(empty, -1), (0, n_spare), value=-1)
+
+
+def scores_and_ranking(scores, c, retriever, explore=False):
+    """The scores (.., m) of chunks c (m,), which make the weights; and those that chunks are chosen by."""
+    if retriever != "learned":
+        scores = torch.zeros_like(scores)                   # so that all weigh the same
+    ranking = scores.detach()
+    if retriever == "last":
+        ranking = ranking + c
+    if retriever == "random" or (explore and retriever == "learned"):
+        ranking = ranking - torch.empty_like(ranking).exponential_().log()      # -log(Exp(1)): Gumbel noise
+    return scores, ranking
 
 
 def softmax_of_filled(scores, empty):        # over slots (.., K); an empty slot weighs 0, also if all are
@@ -345,7 +352,7 @@ def to_chunks(x, size):                      # (B, n, ..) -> (B, chunks, size, .
 # ---------------------------------------------------------------- the model
 
 def cross_entropy(hidden, weight, targets):
-    """Mean cross-entropy of logits hidden @ weight.T; hidden (B, T, d), targets (B, T), -100 = no label."""
+    """Mean cross-entropy of logits hidden @ weight.T; hidden (B, T, d), targets (B, T) or NO_LABEL."""
     return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), targets.flatten())
 
 
@@ -373,7 +380,7 @@ class DRT(nn.Module):
         self.gca, self.window_attention, self.cross_entropy = gca, window_attention, cross_entropy
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, vocab_size), and mean cross-entropy of targets (-100: no label).
+        """tokens (B, T) -> logits (B, T, vocab_size), and mean cross-entropy of targets (or NO_LABEL).
 
         Training calls hidden(), and makes logits only where it needs them (tasks/).
         """

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from gca import jit, triton
+from model import NO_LABEL
 
 if triton:
     import triton.language as tl
 
 ROWS = 8192                         # positions whose logits are held at once
 BLOCK = 2048                        # logits that a program of loss_kernel holds at once
-NO_LABEL = -100
 LARGE_VOCABULARY = 4096             # with fewer tokens, all logits fit: blocks would only add launches
 
 
@@ -25,7 +25,7 @@ def in_words(model):
 
 
 def cross_entropy(hidden, weight, targets):
-    """Mean cross-entropy of hidden @ weight.T: hidden (B, T, d), targets (B, T), -100 = no label.
+    """Mean cross-entropy of hidden @ weight.T: hidden (B, T, d), targets (B, T) or NO_LABEL.
 
     Differentiable once. RuntimeError for targets outside of the vocabulary, like torch's own.
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fast import window
 from gca import require
-from model import softmax_of_filled
+from model import scores_and_ranking, softmax_of_filled
 
 SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream of one segment
 MAX_SCORES = 2 ** 26                # retrieval scores held at once; both bound the memory that reading takes
@@ -223,14 +223,7 @@ def retrieve(score, t, landmarks, top_k, retriever="learned"):
     for page in landmarks:
         for block in page.split(size, dim=1):
             c = torch.arange(start, start + block.shape[1], device=device)
-            scores = score(block, positions, c)
-            if retriever != "learned":
-                scores = torch.zeros_like(scores)
-            ranking = scores
-            if retriever == "last":
-                ranking = ranking + c
-            if retriever == "random":
-                ranking = torch.rand_like(ranking)
+            scores, ranking = scores_and_ranking(score(block, positions, c), c, retriever)
             if start + block.shape[1] > t.start:                           # not all are earlier chunks
                 ranking = ranking.masked_fill(c >= positions[:, None], float("-inf"))
             chosen = first_largest(ranking, K)

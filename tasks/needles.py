@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gca import require
+from model import NO_LABEL
 from tasks import EVALUATION, TRAINING, VALIDATION
 from tasks.chains import PAIRS, PATHS, Pairs
 from tasks.haystack import ALPHABETS, Haystack
@@ -92,7 +93,7 @@ class Needles:
         A batch of plain text (n = 0) has language modelling alone, and nan for its answers.
         """
         hidden = model.hidden(tokens)                                               # (B, T, d)
-        text_labels = labels.scatter(1, answer_at, -100)
+        text_labels = labels.scatter(1, answer_at, NO_LABEL)
         lm_loss = model.cross_entropy(hidden, model.embedding.weight, text_labels)
         if not answer_at.shape[1]:
             nothing = torch.full_like(lm_loss.detach(), math.nan)

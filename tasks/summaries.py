@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from gca import require
+from model import NO_LABEL
 from tasks import EVALUATION, TRAINING
 from tasks.text import N_VALIDATION, NEWLINES, documents, load_tokenizer
 
-NO_LABEL = -100
 N_EXAMPLE = 3       # of each kind, kept to be shown
 CODE = "function", "module"
 

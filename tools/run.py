@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fast import training
 from fast.files import atomic_file
 from gca import Mistake, require
+from model import NO_LABEL
 from tools import exits
 from tools.checkpoint import save_checkpoint
 
@@ -30,7 +31,6 @@ try:
 except ImportError:                     # not on Windows: runs are not locked there
     fcntl = None
 
-NO_LABEL = -100             # where a token has none, as in torch
 LINE_EVERY = 30            # seconds between lines of progress in a log file
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU, which waits for it
 BAD_STEPS = 10             # in a row, without a finite loss and gradient: the run ends
