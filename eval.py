@@ -6,7 +6,7 @@
     python eval.py sample --prompt 'import os' --tokens 200         continue a text
     python eval.py inspect --file gca.py --html page.html           what is retrieved (tools/trace.py)
     python eval.py speed --lengths 16384,1048576                    reading and generating (fast/speed.py)
-    python eval.py plot drt.json base.json --out niah.png           pictures of --json (tools/plot.py)
+    python eval.py plot drt.json base.json --out niah.png           pictures of --json, or of runs' log.csv
 
 The tables are the tasks' (tasks/). Each command has its flags directly above what it runs.
 """

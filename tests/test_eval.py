@@ -151,6 +151,15 @@ def test_sample(run, tmp_path, capsys):
     assert "temperature must be at least 0" in error
 
 
+def test_plot_of_a_log_shows_scores_and_where_contexts_grow(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    scores, name, begins = plot.load_log(run / "log.csv")
+    assert name == "val_accuracy" and all(0 <= x <= 1 for x in scores.values())
+    assert [*begins.values()] == sorted(begins.values(), reverse=True) and begins[min(begins)] == 1
+    measure("plot", run / "log.csv", "--out", tmp_path / "log.png")
+    assert (tmp_path / "log.png").stat().st_size > 5000
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for key in ("exact_match", "perplexity"):

@@ -232,6 +232,15 @@ def test_reports_that_cannot_be_drawn(content, tmp_path, capsys):
     assert "report.json" in error and not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("content", ["", "step,loss\n1,2\n", "step,seq_len,val_loss\n1,8,\n",
+                                     "step,seq_len,val_loss\n1,8,nan\n", "step,seq_len,val_loss\nx,8,1\n"])
+def test_logs_that_cannot_be_drawn(content, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "log.csv").write_text(content)
+    error = one_line(capsys, evaluation.main, "plot", tmp_path / "log.csv", "--out", tmp_path / "x.png")
+    assert "log.csv must be a log.csv of train.py" in error and not (tmp_path / "x.png").exists()
+
+
 def test_texts_that_are_not_utf8(needle_run, tmp_path, capsys):
     (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
     error = one_line(capsys, evaluation.main, "sample", "--ckpt", needle_run[0] / "ckpt.pt", "--file",

@@ -1,4 +1,8 @@
-"""Pictures of what eval.py's --json wrote: by length of the context, by document, by distance of copies."""
+"""Pictures of what eval.py's --json wrote: by length of the context, by document, by distance of copies.
+
+And of log.csv: how training went.
+"""
+import csv
 import json
 import math
 from pathlib import Path
@@ -34,6 +38,23 @@ def load_report(path):
     return rows
 
 
+def load_log(path):
+    """Of a log.csv: {step: score of unseen text}, the score's name, and {context length: its first step}."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [*csv.DictReader(file)]
+        name = next(column for column in rows[0] if column in SCORES)
+        scores = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+        begins = {int(row["seq_len"]): int(row["step"]) for row in reversed(rows)}
+        require(scores and all(map(math.isfinite, scores.values())), "nothing to draw")
+    except OSError:
+        raise
+    except Exception as error:                              # not written by train.py
+        raise Mistake(f"{path} must be a log.csv of train.py, with scores of unseen text") from error
+    return scores, name, begins
+
+
+SCORES = dict(val_loss="loss of unseen text", val_accuracy="share of answer tokens that are right")
 DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share", "loss"],        # what must be finite;
              exact_match=["exact_match"], perplexity=["perplexity"])                # speed: all its panels
 
@@ -52,7 +73,8 @@ STYLE = dict.fromkeys(GRAY, "gray") | {"axes.facecolor": "none", "figure.facecol
 
 
 def flags(parser):
-    parser.add_argument("reports", type=Path, nargs="+", help="a curve for each, or for each model")
+    parser.add_argument("reports", type=Path, nargs="+",
+                        help="what --json wrote, or runs' log.csv; a curve for each, or for each model")
     parser.add_argument("--out", type=Path, default=Path("plot.png"), help="the picture (%(default)s)")
 
 
@@ -63,26 +85,45 @@ def run(args, device):
 
 def draw(reports, path):
     """One curve for each model of each report; needs matplotlib. All reports must be of one kind."""
-    tables = {report: load_report(report) for report in reports}
+    is_log = all(report.suffix == ".csv" for report in reports)
+    tables = {report: load_log(report) if is_log else load_report(report) for report in reports}
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise Mistake("plot needs matplotlib: pip install matplotlib") from error
-    kinds = {report: kind_of(rows) for report, rows in tables.items()}
-    kind = next(iter(kinds.values()))
-    for report in tables:
-        require(kinds[report] == kind, f"{report} must be of the same command as {reports[0]}")
     with plt.rc_context(STYLE):
-        if kind in ("document", "last_seen"):
-            figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-            (draw_ratios if kind == "document" else draw_copies)(axis, curves(tables))
-            axes = [axis]
-        else:
-            figure, axes = draw_lengths(plt, kind, tables)
+        axes = draw_training(plt, tables) if is_log else draw_reports(plt, tables)
         for axis in axes:
             axis.grid(alpha=0.3)
         axes[0].legend()
-        save(figure, path)
+        save(axes[0].figure, path)
+
+
+def draw_training(plt, logs):
+    """Scores of unseen text by step. Of the first run, dotted lines show where its contexts grow."""
+    names, (_, first, begins) = run_names(logs), next(iter(logs.values()))
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for path, (scores, name, _) in logs.items():
+        require(name == first, f"{path} must have the first run's score {first}, it has {name}")
+        axis.plot(scores.keys(), scores.values(), label=names[path].replace("$", r"\$"))
+    for length, step in begins.items():
+        axis.axvline(step, color="gray", linestyle=":")
+        axis.annotate(f"{length:,} tokens", (step, 1), xycoords=("data", "axes fraction"), rotation=90,
+                      va="top", ha="left", fontsize=7, color="gray")
+    axis.set(xlabel="step", ylabel=SCORES[first])
+    return [axis]
+
+
+def draw_reports(plt, tables):
+    kinds = {report: kind_of(rows) for report, rows in tables.items()}
+    kind = next(iter(kinds.values()))
+    for report in tables:
+        require(kinds[report] == kind, f"{report} must be of the same command as {next(iter(tables))}")
+    if kind not in ("document", "last_seen"):
+        return draw_lengths(plt, kind, tables)
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    (draw_ratios if kind == "document" else draw_copies)(axis, curves(tables))
+    return [axis]
 
 
 def draw_lengths(plt, kind, tables):
@@ -101,7 +142,7 @@ def draw_lengths(plt, kind, tables):
             axis.set(ylim=(-3, 103))
         elif key != "perplexity":
             axis.set(yscale="log")
-    return figure, axes[0]
+    return axes[0]
 
 
 def draw_ratios(axis, tables):
