@@ -19,7 +19,7 @@ same results, or with --fast false these.
 
 Shapes: B batch, Cq query chunks of Sq rows, Ck chunks of Sk keys, K retrieved chunks ("slots") a query chunk,
 Hq query heads, Hkv key/value heads (head h reads head h // (Hq / Hkv)), D width of a head. Kernels count the
-chunks of all sequences in one row (chunk_numbers). Their Q, K, V are tensors, and n_slot is K.
+chunks of all sequences in one row (chunk_numbers). Their Q, K and V are tensors, so K is called n_slot there.
 """
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def copy_retrieved(x, indices, n_head):
     if Ck == 0:
         return x.new_zeros(*indices.shape, Sk, n_head, D)
     wrong = (indices < -1) | (indices >= Ck)
-    numbers = chunk_numbers(indices, Ck).clamp(min=0).masked_fill(wrong, B * Ck)        # which torch refuses
+    numbers = chunk_numbers(indices, Ck).clamp(min=0).masked_fill(wrong, B * Ck)        # an IndexError
     x = x.flatten(0, 1).index_select(0, numbers.flatten()).unflatten(0, indices.shape)
     x = torch.where(indices[..., None, None, None] < 0, 0, x)           # an empty slot is a chunk of zeros
     return x.repeat_interleave(n_head // Hkv, dim=4) if n_head > Hkv else x
@@ -111,7 +111,7 @@ def chunk_softmax(scores, scale, n_key, KEYS: tl.constexpr, ONE: tl.constexpr):
         peak = tl.maximum(peak, 0.0)
     p = tl.exp2(scores * scale - peak[:, None])
     total = tl.sum(p, 1)
-    if ONE:
+    if ONE:                                                 # each filler added exp2(-peak), and one is meant
         total += (1 - (KEYS - n_key)) * tl.exp2(-peak)
     return p, total
 
@@ -141,7 +141,10 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Sk, GROUP: tl.constexp
 
 @jit
 def backward_tile(q, k, v, do, w, scale, n_key, KEYS: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr):
-    """Algorithm 2 for one block of rows and one chunk c: w_c P_c, dS_c (ROWS, KEYS) and delta_c (ROWS,)."""
+    """Algorithm 2 for one block of rows and one chunk c: w_c P_c, dS_c (ROWS, KEYS) and delta_c (ROWS,).
+
+    dS_c is the gradient of the scaled scores. dQ and dK get the scale when they are stored.
+    """
     p, total = chunk_softmax(tl.dot(q, k.T, input_precision=DOT), scale, n_key, KEYS, ONE)
     dp = tl.dot(do, v.T, input_precision=DOT)
     delta = tl.sum(p * dp, 1) / total                               # sum_j P_cj (dO . v_j) = rowsum(dO * o_c)

@@ -45,7 +45,7 @@ class DRTConfig:
     gca_residual: bool = True   # True: GCA's output stays in the residual stream; False: only the MLP sees it
     gumbel: bool = True         # Gumbel noise on the ranking in training: exploration
     recency: bool = False       # not in the paper: scores fall with the log of the distance (learned)
-    retriever: str = "learned"  # ablations: random, or last: the last K chunks, weighted equally
+    retriever: str = "learned"  # ablations: random, or last: the last K chunks; all weigh the same
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -84,28 +84,28 @@ def band_bias(n_query, n_key, window, slopes):
 
 
 def window_attention(q, k, v, window, slopes):
-    """Causal attention to the last W positions (Sec. 3): q (B, H, N, D); k, v (B, Hkv, M, D) -> (B, H, N, D).
+    """Causal attention to the last W positions (Sec. 3): q (B, H, N, D); k, v (B, Hkv, P, D) -> (B, H, N, D).
 
-    The queries are the last N of M positions; M - N <= W. Each block of W queries attends to its own block of
+    The queries are the last N of P positions; P - N <= W. Each block of W queries attends to its own block of
     keys and the one before: exact, and linear in N.
     """
-    (B, _, N, _), M = q.shape, k.shape[2]
+    (B, _, N, _), P = q.shape, k.shape[2]
     if N <= window:
-        bias = band_bias(N, M, window, slopes).to(q.dtype)                      # (H, N, M)
+        bias = band_bias(N, P, window, slopes).to(q.dtype)                      # (H, N, P)
         return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
-    n_first = N + window - M                 # queries that the first block of keys is enough for
+    n_first = N + window - P                 # queries whose keys all lie in the first block
     if n_first:
         first = window_attention(q[:, :, :n_first], k[:, :, :window], v[:, :, :window], window, slopes)
         rest = window_attention(q[:, :, n_first:], k, v, window, slopes)
         return torch.cat([first, rest], dim=2)
 
-    # From here M = N + W: block i of the queries sees blocks i and i + 1 of the keys.
+    # From here P = N + W: block i of the queries sees blocks i and i + 1 of the keys.
     def blocks(x):                           # (B, H, n W, D) -> (B n, H, W, D)
         return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
 
-    if M % window:                           # to whole blocks
-        q, k, v = (F.pad(x, (0, 0, 0, -M % window)) for x in (q, k, v))
+    if P % window:                           # to whole blocks
+        q, k, v = (F.pad(x, (0, 0, 0, -P % window)) for x in (q, k, v))
     k, v = (torch.cat([blocks(x[:, :, :-window]), blocks(x[:, :, window:])], dim=2) for x in (k, v))
     bias = band_bias(window, 2 * window, window, slopes).to(q.dtype)            # (H, W, 2W)
     out = F.scaled_dot_product_attention(blocks(q), k, v, bias, enable_gqa=True)
@@ -239,8 +239,8 @@ def rotate(x, rotation):                     # x (.., S, D): number i and number
 def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
     """r_t,c = q_t . l_c / sqrt(d): query (B, n, d) of chunks t (n,), landmarks (B, m, d) of chunks c (m,).
 
-    Returns (B, n, m), float32. decay (DRTConfig.recency): a learned number, or None. Beyond the window,
-    decay * log(distance / window) is subtracted.
+    Returns (B, n, m), float32. decay (DRTConfig.recency): a learned number, or None. Beyond the window, which
+    is window_chunks long, decay * log(distance / window) is subtracted.
     """
     scale = query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 and not query.requires_grad:
@@ -292,7 +292,7 @@ def softmax_of_filled(scores, empty):        # over slots (.., K); an empty slot
 class WholeText:
     """T tokens that are read all at once: where chunks lie, and who attends to whom.
 
-    choose: a function of a group's scores (B, M, M) in the place of retrieve()
+    choose: a function in the place of retrieve(): scores (B, M, M) -> weights, indices (B, M, K)
     """
 
     def __init__(self, model, T, choose=None):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))          # also with PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))          # where PYTHONSAFEPATH is set, too
 
 import eval as evaluation
 from tools import cli, exits, report
@@ -77,7 +77,7 @@ PRESETS = {
                        start_len=1008, seq_len=8064, batch_size=64, batch_tokens=64512, steps=3000,
                        warmup=100, validate_every=100),
     "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000,
-                      gumbel=True, gca_residual=False),     # as the released code has them
+                      gumbel=True, gca_residual=False),     # these two as in the released code
 }
 
 

@@ -16,7 +16,7 @@ from fast import window
 from gca import require
 from model import scores_and_ranking, softmax_of_filled
 
-SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # numbers in the residual stream of one segment
+SEGMENT = dict(cpu=2 ** 20, cuda=2 ** 25)   # elements in the residual stream of one segment
 MAX_SCORES = 2 ** 26                # retrieval scores held at once; both bound the memory that reading takes
 BUNDLE = 64                         # scores of which only the largest is compared at first
 SORTED = 512                        # so few scores, or fewer, are simply sorted
@@ -85,7 +85,7 @@ class Piece:
     def __init__(self, model, n, memory):
         self.model, self.memory = model, memory
         self.grid = Grid(model.config.chunk_size, memory.length, n)
-        memory.length += n
+        memory.length += n                  # restored if reading fails
 
     def insert_landmarks(self, x):           # (B, n, d) -> (B, N, d): one behind each completed chunk
         x = self.grid.pad(x, self.grid.S - 1, self.grid.n)
@@ -115,7 +115,7 @@ class Piece:
         memory, S, n_whole = self.memory, self.grid.S, self.grid.whole * self.grid.S
         x = torch.cat([memory.unfinished, x], dim=1) if memory.unfinished is not None else x
         memory.unfinished = copy_of(x[:, n_whole:])
-        if n_whole or not memory.pages:                 # GCA takes an empty page, but not none
+        if n_whole or not memory.pages:                 # GCA needs a page, even an empty one
             memory.append(*self.model.encoder(x[:, :n_whole].unflatten(1, (self.grid.whole, S))))
 
     def retrieve(self, group, x):
@@ -244,7 +244,7 @@ def first_largest(x, k):
 
     Equal scores are rare. So it chooses one more than asked for, which shows whether the last one chosen has
     equals. Only then it chooses again: those above that one, and of those equal to it the first. Few numbers
-    are all sorted: no look from the host, which a recording (short.py) could not have.
+    are all sorted, because a CUDA graph (short.py) cannot ask the CPU what to do next.
     """
     if x.shape[-1] <= SORTED:
         return x.sort(descending=True, stable=True).indices[..., :k]

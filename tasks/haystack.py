@@ -42,7 +42,7 @@ ALPHABETS = dict(
 class Haystack:
     """Contexts with needles |name:value|, and a question for each."""
 
-    n_hop, n_name = 1, NAME             # needles that lead to an answer; tokens in what a question names
+    n_hop, n_name = 1, NAME         # needles an answer takes; tokens that a question names
 
     def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False):
         """n_text: text tokens of a chunk; n_value: tokens of a value.

@@ -19,7 +19,7 @@ from tasks.haystack import ALPHABETS, Haystack
 from tasks.text import stdlib_corpus, window_batch
 
 KINDS = "multi", "single", *PAIRS
-# Of a table: a row reads about as many tokens as this, and has so many questions at least and at most.
+# For a row of a table: the tokens to read, about; and the fewest and the most questions.
 AFFORDABLE, FEW_QUESTIONS, MANY_QUESTIONS = dict(cpu=2 ** 19, cuda=2 ** 26), 32, 240
 
 
@@ -88,9 +88,9 @@ class Needles:
         return self.haystack.batch(self.corpus.train, rng, size, length, self.n_needle)
 
     def loss(self, model, tokens, labels, answer_at):
-        """The loss and METRICS of a batch: tokens, labels (B, T), answer_at (B, n).
+        """The loss and METRICS of a batch: tokens, labels (B, T), answer_at (B, answer tokens).
 
-        A batch of plain text (n = 0) has language modelling alone, and nan for its answers.
+        A batch of plain text (without answers) has language modelling alone, and nan for its answers.
         """
         hidden = model.hidden(tokens)                                               # (B, T, d)
         text_labels = labels.scatter(1, answer_at, NO_LABEL)
@@ -98,8 +98,8 @@ class Needles:
         if not answer_at.shape[1]:
             nothing = torch.full_like(lm_loss.detach(), math.nan)
             return lm_loss, dict(answer_loss=nothing, lm_loss=lm_loss, answer_accuracy=nothing)
-        answers = hidden.gather(1, answer_at[..., None].expand(-1, -1, hidden.shape[-1]))     # (B, n, d)
-        logits = model.head(answers).float()                                        # (B, n, vocab_size)
+        answers = hidden.gather(1, answer_at[..., None].expand(-1, -1, hidden.shape[-1]))     # (B, .., d)
+        logits = model.head(answers).float()                                        # (B, .., vocab_size)
         answer_labels = labels.gather(1, answer_at)
         answer_loss = F.cross_entropy(logits.flatten(0, 1), answer_labels.flatten())
         accuracy = (logits.argmax(-1) == answer_labels).float().mean()
