@@ -216,8 +216,8 @@ class Run:
         self.rows, self.since = [], time.perf_counter()
 
     def show(self, row, scores):
-        news = [f"loss {row['loss']:.3f}"]
-        news += [f"{name} {value:.3f} at {row['seq_len']} tokens" for name, value in scores.items()]
+        news = [f"contexts of {row['seq_len']}, loss {row['loss']:.3f}"]
+        news += [f"{name} {value:.3f}" for name, value in scores.items()]
         news.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         if row["mfu"]:
             news.append(f"{row['mfu']:.0f}% MFU, {row['gpu_gib']:.0f} GiB")
