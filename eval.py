@@ -127,7 +127,7 @@ def ppl_flags(parser):
                         "lower; or for tokens by how far back the 4-gram that ends in them was last seen: in "
                         "the window, in twice the window, beyond (%(default)s)")
     parser.add_argument("--lengths", type=cli.numbers, metavar="N,N,..", help="tokens of context; default: "
-                        "64, 256, .. 65536; by document and copy the training length")
+                        "64, 256, .. as half of the documents have; by document and copy the training length")
     parser.add_argument("--places", type=int, help="places where tokens are scored: 64 on a GPU, 8 on a CPU; "
                         "by document and copy, windows of each document: 16 and 2")
     parser.add_argument("--retriever", nargs="+", choices=[*RETRIEVERS, "oracle"],

@@ -49,8 +49,9 @@ def load_tokenizer(name):
         import tiktoken
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:                      # of the network, in many shapes
-        raise Mistake("the GPT-2 tokenizer could not be loaded: set TIKTOKEN_CACHE_DIR to a folder that "
-                         "holds tiktoken's files for it, or prepare --data with --tokenizer bytes") from error
+        raise Mistake("the GPT-2 tokenizer could not be loaded. It is downloaded once; without a network, "
+                      "set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or prepare text with "
+                      "--tokenizer bytes") from error
 
     def encode(text):
         """In pieces, because a run of a million spaces is too much for tiktoken's regular expression."""

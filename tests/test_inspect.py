@@ -95,7 +95,7 @@ def test_landmarks_in_numbers(capsys):
     trace.weights = torch.tensor([[[0, 0], [1, 0], [1, 0], [0.5, 0.5]]])
     trace.show_landmarks(near=2)
     line = capsys.readouterr().out
-    assert "mean cosine 0.333;" in line and "2 chunks weigh as 1.5 equal" in line
+    assert "mean cosine 0.333;" in line and "in the mean 2 chunks weigh as 1.5 equal" in line
     assert "25% of them lie beyond" in line and "has 50% of the retrievals" in line
 
 

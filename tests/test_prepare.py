@@ -30,7 +30,8 @@ def test_a_folder_of_text_becomes_a_corpus(tmp_path):
     folder = documents(tmp_path / "books", **texts, latin=b"caf\xe9", binary=b"a\0b")
     out = tmp_path / "corpus"
     line = ["text", str(folder), "--out", str(out), "--tokenizer", "bytes"]
-    command("-m", "tools.prepare", *line)
+    printed = command("-m", "tools.prepare", *line).stdout
+    assert "binary.txt" in printed and "latin.txt" in printed
     corpus, meta = load_corpus(out), json.loads((out / "meta.json").read_text())
     assert corpus.vocab_size == 256 and corpus.tokenizer == "bytes"
     found = [text_of(tokens) for tokens in (corpus.train, corpus.val)]

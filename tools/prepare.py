@@ -106,7 +106,7 @@ def write_corpus(splits, out, tokenizer, kind, errors, references, names):
             file.write((json.dumps(meta, indent=1) + "\n").encode())
         number = f"{done['documents'] // 2:,} pairs" if references else f"{done['documents']:,} documents"
         exits.say(f"{split}: {number}, {done['tokens']:,} tokens, "
-                  f"{done['skipped']:,} skipped (not UTF-8 text)")
+                  f"{done['skipped']:,} skipped (not UTF-8, or with a NUL byte)")
 
 
 def digest(data):
@@ -139,7 +139,7 @@ def write_split(path, documents, number, tokenizer, errors, names):
     In threads, because tiktoken leaves Python to others while it works.
     """
     count, documents, work = Counter(), iter(documents), partial(tokenize, tokenizer=tokenizer, errors=errors)
-    written, names, kept = hashlib.sha256(), iter(names), []
+    written, names, kept, skipped = hashlib.sha256(), iter(names), [], []
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         with atomic_file(path) as file, tqdm(
@@ -150,6 +150,7 @@ def write_split(path, documents, number, tokenizer, errors, names):
                     name = next(names, None)
                     if done is None:
                         count["skipped"] += 1
+                        skipped.append(name)
                         continue
                     tokens, size = done
                     file.write(tokens.tobytes())
@@ -160,6 +161,8 @@ def write_split(path, documents, number, tokenizer, errors, names):
                     "other text")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    if any(skipped):
+        exits.say(f"{path.stem}: no text: {', '.join(skipped[:9])}{', ..' if len(skipped) > 9 else ''}")
     return dict(tokens=count["tokens"], bytes=count["bytes"], documents=count["documents"],
                 skipped=count["skipped"], sha256=written.hexdigest(), names=[*filter(None, kept)])
 
@@ -258,7 +261,8 @@ def prepare_dataset(name, out, tokenizer):
 def main(argv=None):
     parser = cli.Parser(description="Prepare a corpus.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
-    text = cli.add_command(commands, "text", "Tokenize a folder of .txt files, one document a file.")
+    text = cli.add_command(commands, "text", "Tokenize a folder of .txt files, one document a file. Without "
+                           "folders train and val in it, one file in twenty is for validation.")
     text.add_argument("folder", type=Path, help="holds the files, or folders train, val and test that do")
     text.add_argument("--out", type=cli.folder, required=True, help="for train.bin and val.bin")
     text.add_argument("--errors", choices=["strict", "replace"], default="strict",

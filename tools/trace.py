@@ -164,9 +164,9 @@ class Trace:
         far = (distance > near).float().mean()              # near: chunks_in_window()
         counts = indices.flatten().bincount(minlength=n).sort(descending=True).values
         popular = counts[:max(1, n // 10)].sum() / counts.sum()
-        print(f"landmarks: mean cosine {cosine:.3f}; {K} chunks weigh as {spread:.1f} equal ones would; "
-              f"{100 * far:.0f}% of them lie beyond the window; the most popular tenth of all chunks has "
-              f"{100 * popular:.0f}% of the retrievals")
+        print(f"landmarks: mean cosine {cosine:.3f}; in the mean {K} chunks weigh as {spread:.1f} equal "
+              f"ones would; {100 * far:.0f}% of them lie beyond the window; the most popular tenth of all "
+              f"chunks has {100 * popular:.0f}% of the retrievals")
 
     def page(self, path, title, chosen):
         """Write one self-contained HTML page: chunks, what each retrieved, and whom it helped."""
