@@ -233,7 +233,7 @@ def tile_rows(q, k):
     rows = 16 if keys * D * size == 65536 else 32 if size == 4 else 64
     rows = min(rows, max(16, triton.next_power_of_2(n_row)))
 
-    def needed(rows):
+    def needed(rows):                                       # bytes, as the compiled kernels have them
         if major >= 9:                                      # TMA: a float32 tile, of fast/gca.py's sums
             return 4 * keys * D
         if major < 8:
