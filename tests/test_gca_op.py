@@ -61,8 +61,8 @@ def test_registered_as_a_pytorch_op():
 @needs_triton
 @pytest.mark.parametrize("major, rows, keys, D, dtype, warps", [
     (9, 32, 31, 64, torch.bfloat16, 1), (10, 1, 16, 16, torch.float16, 1), (8, 32, 31, 64, torch.bfloat16, 4),
-    (9, 33, 31, 64, torch.bfloat16, 4), (9, 32, 33, 64, torch.bfloat16, 4), (9, 32, 31, 128, torch.float16, 4),
-    (9, 32, 31, 64, torch.float32, 8)])
+    (9, 33, 31, 64, torch.bfloat16, 4), (9, 32, 33, 64, torch.bfloat16, 4),
+    (9, 32, 31, 128, torch.float16, 4), (9, 32, 31, 64, torch.float32, 8)])
 def test_one_warp_for_small_tiles_where_registers_suffice(major, rows, keys, D, dtype, warps, monkeypatch):
     monkeypatch.setattr(gca_module, "gpu", lambda device: (major, 2 ** 18))
     q, k = (torch.empty(1, 1, n, 2, D, dtype=dtype) for n in (rows, keys))
