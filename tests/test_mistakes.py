@@ -1,6 +1,7 @@
 """Mistakes that users make: one clear line that names flag or file, exit status 2, nothing half-written."""
 import json
 import math
+import os
 import shutil
 import types
 
@@ -46,6 +47,13 @@ def test_training_settings(flags, tmp_path, capsys):
     error = one_line(capsys, train.main, "--preset", "cpu", *flags, "--out", tmp_path / "new")
     assert flags[0].strip("-") in error or flags[0] == "--resume"
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="the system does not say how much memory it has")
+def test_a_batch_that_no_memory_holds_is_refused_on_a_cpu(tmp_path, capsys):
+    flags = "--preset cpu --device cpu --batch_size 1000000 --seq_len 1000 --batch_tokens 1000000000".split()
+    error = one_line(capsys, train.main, *flags, "--out", tmp_path / "new")
+    assert "--batch_tokens must be lower" in error and "2,861 GiB" in error and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("flags", [

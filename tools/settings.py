@@ -5,6 +5,7 @@
 Of a new run, a flag overrides the model of --init_from, that the preset, and that a dataclass's default. A
 run that goes on has its own settings; a flag overrides only those that MAY_CHANGE.
 """
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def setup(TrainConfig, presets, argv):
     model_config = pick(DRTConfig, chosen, vocab_size=corpus.vocab_size)
     task = task_class(config.task)(chosen, corpus)
     check_batches(config, task, ranks.size)
+    if device.type == "cpu":
+        check_memory(config, task.lengths(), corpus.vocab_size)
     require(not saved or saved_config(saved["config"]) == model_config and saved["length"] in task.lengths(),
             f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")
     check_first(first, args.init_from, model_config, corpus.tokenizer)
@@ -212,3 +215,16 @@ def check_batches(config, task, n_rank):
                 f"got {n_context} at {length} tokens{why}")
         task.check(length)
     load_tokenizer(task.corpus.tokenizer)
+
+
+def check_memory(config, lengths, vocab_size):
+    """ValueError where a CPU's memory cannot hold the logits of a batch: the system would kill the run."""
+    if not hasattr(os, "sysconf"):                      # Windows
+        return
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
+    for length in lengths:
+        n_context = config.micro_batch or max(1, min(config.batch_size, config.batch_tokens // length))
+        needed = 3 * 4 * n_context * length * vocab_size / 2 ** 30      # they, their softmax and gradient
+        require(needed < room, "--batch_tokens must be lower, or --micro_batch 1 be given: on a CPU, the "
+                f"logits of {n_context} contexts of {length} tokens take {needed:,.0f} GiB, and there are "
+                f"{room:,.0f}")
