@@ -51,7 +51,7 @@ def test_training_settings(flags, tmp_path, capsys):
 
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="the system does not say how much memory it has")
 def test_a_batch_that_no_memory_holds_is_refused_on_a_cpu(tmp_path, capsys):
-    flags = "--preset cpu --device cpu --batch_size 1000000 --seq_len 1000 --batch_tokens 1000000000".split()
+    flags = "--device cpu --batch_size 1000000 --seq_len 1000 --start_len 0 --batch_tokens 1000000000".split()
     error = one_line(capsys, train.main, *flags, "--out", tmp_path / "new")
     assert "--batch_tokens must be lower" in error and "2,861 GiB" in error
     assert not (tmp_path / "new").exists()
