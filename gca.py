@@ -418,7 +418,7 @@ def check_arguments(tensors, scale, backend):
             n = sizes.setdefault(axis, size)
             require(n == size, "{} must have {} {}, as the others, got shape {}", name, axis, n, shape)
             require(size or axis not in ("Sk", "K", "D"), "{} must have {} of at least 1, got 0", name, axis)
-        require(x.dtype in wanted, "{} must have dtype {}, got {}", name, wanted[0], x.dtype)
+        require(x.dtype in wanted, "{} must have a dtype of {}, got {}", name, wanted, x.dtype)
         require(x.device == q.device, "{} must be on q's device {}, got {}", name, q.device, x.device)
     Hq, Hkv, Ck = sizes["Hq"], sizes["Hkv"], sizes["Ck"]
     require(Hkv and Hq % Hkv == 0, f"k must have a number of heads that divides q's {Hq}, got {Hkv}")
