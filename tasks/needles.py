@@ -30,7 +30,7 @@ class NeedleConfig:
     n_value: int = 6                # tokens in a needle's value (of pairs: in each name, too)
     anywhere: bool = False          # True: needles lie across chunk borders, too; False: inside one chunk
     path: str = "joined"            # multihop's answer: in one chunk; spread: over two; late: a chunk later
-    grow_at: float = 0.9            # answer accuracy at which the context doubles
+    grow_at: float = 0.9            # share of answer tokens that are right, at which the context doubles
     lm_weight: float = 0.3          # of the language-model loss, beside the answers'
     lm_share: float = 0.0           # share of the steps that are language modelling alone
 
