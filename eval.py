@@ -231,7 +231,7 @@ COMMANDS = dict(                    # its flags; what it runs: args, device -> s
     inspect=(trace.flags, trace.run, "What is retrieved for a chunk of a text."),
     speed=(speed.flags, speed.run, "Time and memory of reading and of generating, by context length, on "
                                    "random tokens; without --ckpt with random weights."),
-    plot=(plot.flags, plot.run, "Draw what --json wrote (needs matplotlib)."))
+    plot=(plot.flags, plot.run, "Draw what --json wrote, or log.csv (needs matplotlib)."))
 
 
 @exits.program

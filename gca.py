@@ -70,7 +70,7 @@ def copy_retrieved(x, indices, n_head):
     if Ck == 0:
         return x.new_zeros(*indices.shape, Sk, n_head, D)
     wrong = (indices < -1) | (indices >= Ck)
-    numbers = chunk_numbers(indices, Ck).clamp(min=0).masked_fill(wrong, B * Ck)        # an IndexError
+    numbers = chunk_numbers(indices, Ck).clamp(min=0).masked_fill(wrong, B * Ck)        # torch: out of range
     x = x.flatten(0, 1).index_select(0, numbers.flatten()).unflatten(0, indices.shape)
     x = torch.where(indices[..., None, None, None] < 0, 0, x)           # an empty slot is a chunk of zeros
     return x.repeat_interleave(n_head // Hkv, dim=4) if n_head > Hkv else x
@@ -259,7 +259,7 @@ def launch_options(q, k, softmax_one):
     """The kernels' compile-time arguments."""
     D, rows, keys, exact = q.shape[4], tile_rows(q, k), tile_keys(k), q.dtype == torch.float32
     large = exact or keys * D * q.element_size() > 16384
-    # For small tiles, one warp takes half the time of four on an H200. GPUs before that lack the registers.
+    # For small tiles, one warp takes half the time of four on an H200. Older GPUs would run out of registers.
     small = not exact and max(rows, keys) <= 32 and D <= 64 and gpu(q.device)[0] >= 9
     dot = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"         # x3: as exact as float32
     return dict(GROUP=q.shape[3] // k.shape[3], D=D, ROWS=rows, KEYS=keys, ONE=softmax_one, DOT=dot,

@@ -151,11 +151,14 @@ def test_sample(run, tmp_path, capsys):
     assert "temperature must be at least 0" in error
 
 
-def test_plot_of_a_log_shows_scores_and_where_contexts_grow(run, tmp_path):
+def test_a_log_has_scores_and_shows_where_contexts_grow(tmp_path):
+    rows = "1,9.5,64,\n2,9.0,64,0.5\n3,8.5,128,\n4,8.0,128,0.75\n"
+    (tmp_path / "log.csv").write_text("step,loss,seq_len,val_accuracy\n" + rows)
+    assert plot.load_log(tmp_path / "log.csv") == ({2: 0.5, 4: 0.75}, "val_accuracy", {128: 3, 64: 1})
+
+
+def test_plot_of_a_log(run, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    scores, name, begins = plot.load_log(run / "log.csv")
-    assert name == "val_accuracy" and all(0 <= x <= 1 for x in scores.values())
-    assert [*begins.values()] == sorted(begins.values(), reverse=True) and begins[min(begins)] == 1
     measure("plot", run / "log.csv", "--out", tmp_path / "log.png")
     assert (tmp_path / "log.png").stat().st_size > 5000
 

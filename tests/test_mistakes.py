@@ -235,7 +235,6 @@ def test_a_corpus_without_any_words_is_refused_before_the_first_step(tmp_path, c
     '{"rows": [{"length": 0, "perplexity": 3}]}', '{"rows": [{"length": 1, "perplexity": "x"}]}',
     '{"rows": [{"length": 1, "perplexity": 3, "model": [3]}]}'])
 def test_reports_that_cannot_be_drawn(content, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "report.json").write_text(content)
     error = one_line(capsys, evaluation.main, "plot", tmp_path / "report.json", "--out", tmp_path / "x.png")
     assert "report.json" in error and not (tmp_path / "x.png").exists()
@@ -244,7 +243,6 @@ def test_reports_that_cannot_be_drawn(content, tmp_path, capsys):
 @pytest.mark.parametrize("content", ["", "step,loss\n1,2\n", "step,seq_len,val_loss\n1,8,\n",
                                      "step,seq_len,val_loss\n1,8,nan\n", "step,seq_len,val_loss\nx,8,1\n"])
 def test_logs_that_cannot_be_drawn(content, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "log.csv").write_text(content)
     error = one_line(capsys, evaluation.main, "plot", tmp_path / "log.csv", "--out", tmp_path / "x.png")
     assert "log.csv must be a log.csv of train.py" in error and not (tmp_path / "x.png").exists()

@@ -149,7 +149,6 @@ def write_split(path, documents, number, tokenizer, errors, names):
                     bar.update()
                     name = next(names, None)
                     if done is None:
-                        count["skipped"] += 1
                         skipped.append(name)
                         continue
                     tokens, size = done
@@ -162,9 +161,10 @@ def write_split(path, documents, number, tokenizer, errors, names):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     if any(skipped):
-        exits.say(f"{path.stem}: no text: {', '.join(skipped[:9])}{', ..' if len(skipped) > 9 else ''}")
+        first = ", ".join(map(exits.visible, skipped[:9]))
+        exits.say(f"{path.stem}: left out, because they are no text: {first}{', ..' if skipped[9:] else ''}")
     return dict(tokens=count["tokens"], bytes=count["bytes"], documents=count["documents"],
-                skipped=count["skipped"], sha256=written.hexdigest(), names=[*filter(None, kept)])
+                skipped=len(skipped), sha256=written.hexdigest(), names=[*filter(None, kept)])
 
 
 def prepare_text(folder, out, tokenizer, errors):

@@ -65,9 +65,7 @@ def setup(TrainConfig, presets, argv):
     config = pick(TrainConfig, chosen)
     model_config = pick(DRTConfig, chosen, vocab_size=corpus.vocab_size)
     task = task_class(config.task)(chosen, corpus)
-    check_batches(config, task, ranks.size)
-    if device.type == "cpu":
-        check_memory(config, task.lengths(), corpus.vocab_size)
+    check_batches(config, task, ranks.size, on_cpu=device.type == "cpu")
     require(not saved or saved_config(saved["config"]) == model_config and saved["length"] in task.lengths(),
             f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")
     check_first(first, args.init_from, model_config, corpus.tokenizer)
@@ -202,8 +200,8 @@ def check_ranges(chosen):
         require(chosen[name] <= most, f"--{name} must be at most {most}, got {chosen[name]}")
 
 
-def check_batches(config, task, n_rank):
-    """ValueError for batches that do not fit the task or the processes."""
+def check_batches(config, task, n_rank, on_cpu=False):
+    """ValueError for batches that do not fit the task, the processes or a CPU's memory."""
     for length in task.lengths():
         n_context = max(1, min(config.batch_size, config.batch_tokens // length))
         micro_batch, n_text = config.micro_batch or 1, task.settings["chunk_size"] - 1
@@ -214,17 +212,16 @@ def check_batches(config, task, n_rank):
                 f"--batch_size must be a multiple of {n_rank} processes times --micro_batch {micro_batch}, "
                 f"got {n_context} at {length} tokens{why}")
         task.check(length)
+        if on_cpu:
+            check_memory(config.micro_batch or n_context, length, task.corpus.vocab_size)
     load_tokenizer(task.corpus.tokenizer)
 
 
-def check_memory(config, lengths, vocab_size):
-    """ValueError where a CPU's memory cannot hold the logits of a batch: the system would kill the run."""
+def check_memory(n_context, length, vocab_size):
+    """ValueError where memory cannot hold the logits of so many contexts: the system would kill the run."""
     if not hasattr(os, "sysconf"):                      # Windows
         return
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
-    for length in lengths:
-        n_context = config.micro_batch or max(1, min(config.batch_size, config.batch_tokens // length))
-        needed = 3 * 4 * n_context * length * vocab_size / 2 ** 30      # they, their softmax and gradient
-        require(needed < room, "--batch_tokens must be lower, or --micro_batch 1 be given: on a CPU, the "
-                f"logits of {n_context} contexts of {length} tokens take {needed:,.0f} GiB, and there are "
-                f"{room:,.0f}")
+    needed = 3 * 4 * n_context * length * vocab_size / 2 ** 30          # they, their softmax and gradient
+    require(needed < room, "--batch_tokens must be lower, or --micro_batch 1 be given: on a CPU, the logits "
+            f"of {n_context} contexts of {length} tokens take {needed:,.0f} GiB, and there are {room:,.0f}")
