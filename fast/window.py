@@ -19,7 +19,7 @@ WIDE = 128                          # narrower: blocks, a little slower, but not
 
 def window_attention(q, k, v, window, slopes):
     """Causal self-attention over the last W positions, with ALiBi (Sec. 3). Any n >= 1."""
-    if q.is_cuda and q.shape[2] > window >= WIDE and q.shape[-1] >= 16:     # it takes no narrower heads
+    if q.is_cuda and min(q.shape[2], window) >= WIDE and q.shape[-1] >= 16:     # it takes no narrower heads
         return flex_window(q, k, v, window, slopes)
     return plain.window_attention(q, k, v, window, slopes)
 
@@ -76,6 +76,9 @@ def flex_window(q, k, v, window, slopes):
 
     mask = band_blocks(q.shape[2], k.shape[2], window, q.device)
     tiles = dict(fwd_BLOCK_M=64, fwd_BLOCK_N=64)
+    if q.shape[-1] == 64 and q.element_size() == 2:             # timed on an H200: 1.37 ms instead of 1.57
+        tiles |= dict(bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32, bwd_num_warps=4,
+                      bwd_num_stages=3)
     return compiled_flex_attention()(q, k, v, score_mod=alibi, block_mask=mask, kernel_options=tiles)
 
 

@@ -18,7 +18,8 @@ from tools.run import Objective
 
 @pytest.mark.parametrize("n, past, window, heads", [
     (50, 0, 16, (4, 4)), (50, 0, 5, (4, 2)), (50, 16, 16, (4, 2)), (33, 5, 16, (6, 3)), (16, 16, 16, (2, 1)),
-    (300, 64, 64, (3, 1)), (1, 7, 16, (4, 4)), (400, 130, 130, (2, 2)), (530, 270, 270, (2, 2))])
+    (300, 64, 64, (3, 1)), (1, 7, 16, (4, 4)), (400, 130, 130, (2, 2)), (530, 270, 270, (2, 2)),
+    (200, 0, 300, (4, 2)), (150, 40, 300, (2, 2))])
 def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window, heads):
     q, (k, v) = torch.randn(2, heads[0], n, 16), torch.randn(2, 2, heads[1], n + past, 16)
     slopes = alibi_slopes(heads[0])
@@ -33,20 +34,25 @@ def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window,
         torch.testing.assert_close(last.cpu(), expected[:, :, -1:], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("n, window, heads", [(50, 16, (4, 2)), (200, 64, (2, 2)), (20, 64, (2, 1))])
-def test_gradients_of_window_attention_are_those_of_its_twin(n, window, heads):
-    shapes = [(2, h, n, 16) for h in (heads[0], heads[1], heads[1])]
-    q, k, v = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes)
-    slopes, upstream = alibi_slopes(heads[0]).to(DEVICE), torch.randn(shapes[0], device=DEVICE)
-    results = []
-    for function in (window_attention, plain.window_attention):
-        out = function(q, k, v, window, slopes)
-        results.append((out, *torch.autograd.grad(out, (q, k, v), upstream)))
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("n, window, heads, D, dtype", [
+    (50, 16, (4, 2), 16, torch.float32), (200, 64, (2, 2), 16, torch.float32),
+    (20, 64, (2, 1), 16, torch.float32), (300, 512, (2, 1), 16, torch.float32),
+    (700, 260, (2, 2), 64, torch.bfloat16)])                # heads of 64: backward tiles of their own
+def test_gradients_of_window_attention_are_those_of_its_twin(n, window, heads, D, dtype):
+    shapes = [(2, h, n, D) for h in (heads[0], heads[1], heads[1])]
+    given = [torch.randn(shape, device=DEVICE) for shape in (*shapes, shapes[0])]
+    slopes, results = alibi_slopes(heads[0]).to(DEVICE), []
+    for function, kind in ((window_attention, dtype), (plain.window_attention, torch.float32)):
+        q, k, v, upstream = (x.to(dtype).to(kind) for x in given)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, window, slopes)
+        results.append([x.float() for x in (out, *torch.autograd.grad(out, inputs, upstream))])
+    torch.testing.assert_close(*results, **(dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else
+                                            dict(atol=0.06, rtol=0.02)))
 
 
 @pytest.mark.parametrize("n, past, window", [(300, 0, 64), (400, 130, 130), (1000, 512, 512), (700, 513, 513),
-                                             (600, 0, 255), (130, 70, 129)])
+                                             (600, 0, 255), (130, 70, 129), (992, 0, 1024), (500, 90, 600)])
 def test_blocks_cover_the_band_once(n, past, window):
     """What flex_attention reads on a GPU: masked blocks as far as the band goes, whole blocks all of it."""
     m, blocks = n + past, band_blocks(n, n + past, window, torch.device("cpu"))
