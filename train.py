@@ -61,7 +61,7 @@ LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=
           gumbel=False, encoder_identity=True, encoder_lr=0.1)      # not in the paper: docs/pretraining.md
 PRESETS = {
     "cpu": dict(n_encoder=1, anywhere=True, gumbel=False),
-    "gpu": dict(n_layer=4, n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=48,
+    "gpu": dict(n_layer=4, n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=192,
                 n_value=12, anywhere=True, start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536,
                 steps=3000, lr=2e-3, gumbel=False),
     "multihop": dict(needle="multihop", n_layer=8, n_encoder=1, top_k=8, n_needle=2, n_value=4, start_len=80,

@@ -52,11 +52,11 @@ def test_training_writes_checkpoint_log_and_table(needle_run):
 
 
 def test_a_tiny_model_learns_to_retrieve(tmp_path, no_table):
-    """From chance (1 in 128) to above 90% of answer tokens; without retrieval the answers cannot be known."""
+    """From nothing to above half of the whole answers; without retrieval they cannot be known."""
     rows = train(tmp_path, "--preset", "cpu", "--n_needle", 1, "--seq_len", 64, "--steps", 220,
                  "--validate_every", 20, "--device", DEVICE.type)
     accuracy = [float(row["val_accuracy"]) for row in rows if row["val_accuracy"]]
-    assert accuracy[0] < 0.05 and accuracy[-1] > 0.9
+    assert accuracy[0] < 0.05 and accuracy[-1] > 0.5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

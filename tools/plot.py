@@ -54,7 +54,7 @@ def load_log(path):
     return scores, name, begins
 
 
-SCORES = dict(val_loss="loss of unseen text", val_accuracy="share of answer tokens that are right")
+SCORES = dict(val_loss="loss of unseen text", val_accuracy="share of whole answers that are right")
 DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share", "loss"],        # what must be finite;
              exact_match=["exact_match"], perplexity=["perplexity"])                # speed: all its panels
 
@@ -95,8 +95,9 @@ def draw(reports, path):
         axes = draw_training(plt, tables) if is_log else draw_reports(plt, tables)
         for axis in axes:
             axis.grid(alpha=0.3)
-        axes[0].legend()
-        save(axes[0].figure, path)
+        figure = axes[0].figure
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        save(figure, path)
 
 
 def draw_training(plt, logs):
@@ -164,10 +165,15 @@ def draw_ratios(axis, tables):
 
 
 def draw_copies(axis, tables):
-    """Loss of the tokens whose 4-gram was last seen so far back, a line for each model."""
-    for name, rows in tables.items():
-        axis.plot([f"{row['last_seen']}\n{100 * row['share']:.0f}% of tokens" for row in rows],
-                  [row["loss"] for row in rows], "o-", label=name.replace("$", r"\$"))
+    """Loss of the tokens whose 4-gram was last seen so far back, a bar for each model."""
+    width, kinds = 0.8 / len(tables), [row["last_seen"] for row in next(iter(tables.values()))]
+    for i, (name, rows) in enumerate(tables.items()):
+        require([row["last_seen"] for row in rows] == kinds, f"{name} must be of the others' window")
+        middle = (i - (len(tables) - 1) / 2) * width
+        axis.bar([j + middle for j in range(len(rows))], [row["loss"] for row in rows], width,
+                 label=name.replace("$", r"\$"))
+    axis.set_xticks(range(len(rows)), [f"{row['last_seen']}\n{100 * row['share']:.0f}% of tokens"
+                                       for row in rows])
     axis.set(xlabel="tokens since the last time that this and the 3 tokens before it were seen",
              ylabel="loss, nats a token")
 
