@@ -5,9 +5,8 @@
     python train.py --init_from lm/ckpt.pt --data data/code    needles, with a language model's weights
     torchrun --nproc_per_node 8 train.py --preset pg19         a language model of the paper's size, on 8 GPUs
 
-train() below is the loop. Contexts may start short (start_len). For needles they double whenever the answers
-are right: retrieval is learned within minutes when there are few chunks to choose from, and carries over to
-many.
+train() below is the loop. Contexts may start short (start_len). For needles they double when most answers are
+right: retrieval is learned within minutes when there are few chunks to choose from, and carries over to many.
 
 Writes to --out: ckpt.pt, and the one before it, ckpt.prev.pt; log.csv, one row a step; and the table it ends
 with, as JSON. A run that was stopped goes on with --resume, exactly as if it had not been.
@@ -58,7 +57,8 @@ class TrainConfig:
 LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8,
           seq_len=16380, start_len=0,                       # 260 chunks of 63
           batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
-          gumbel=False, encoder_identity=True, encoder_lr=0.1)      # not in the paper: docs/pretraining.md
+          # These three are not in the paper: docs/pretraining.md.
+          gumbel=False, encoder_identity=True, encoder_lr=0.1)
 PRESETS = {
     "cpu": dict(n_encoder=1, anywhere=True, gumbel=False),
     "gpu": dict(n_layer=4, n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=192,

@@ -1,6 +1,6 @@
 """Sliding-window attention with ALiBi, faster: the twin of model.py's, and what is called in its place.
 
-    window_attention      flex_window on a GPU, for wide windows and many queries; otherwise model.py's
+    window_attention      flex_window on a GPU, for WIDE windows and as many queries; otherwise model.py's
     flex_window           one kernel that reads only the blocks inside the window (torch's flex_attention)
     one_query_attention   for a single query; stream.py calls it, in generation
 
@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import model as plain
 
 BLOCK = 128                         # of flex_attention's block mask
-WIDE = 128                          # narrower: blocks, a little slower, but nothing is compiled
+WIDE = 128                          # fewer: model.py's blocks, a little slower, but nothing is compiled
 
 
 def window_attention(q, k, v, window, slopes):
@@ -61,7 +61,7 @@ def band_blocks(n, m, window, device):
     def in_window(b, h, i, j):
         return (past + i >= j) & (past + i - j < window)
 
-    full = listed(full_high - full_low + 1, full_low + i) if window >= 2 * BLOCK - 1 else ()
+    full = listed(full_high - full_low + 1, full_low + i) if window >= 2 * BLOCK - 1 else ()    # or none fits
     return BlockMask.from_kv_blocks(*listed(before + high - full_high, masked), *full, BLOCK_SIZE=BLOCK,
                                     mask_mod=in_window, seq_lengths=(n, m))
 
@@ -76,7 +76,7 @@ def flex_window(q, k, v, window, slopes):
 
     mask = band_blocks(q.shape[2], k.shape[2], window, q.device)
     tiles = dict(fwd_BLOCK_M=64, fwd_BLOCK_N=64)
-    if q.shape[-1] == 64 and q.element_size() == 2:             # timed on an H200: 1.37 ms instead of 1.57
+    if q.shape[-1] == 64 and q.element_size() == 2:             # backward on an H200: 1.37 ms, not 1.57
         tiles |= dict(bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32, bwd_num_warps=4,
                       bwd_num_stages=3)
     return compiled_flex_attention()(q, k, v, score_mod=alibi, block_mask=mask, kernel_options=tiles)
@@ -87,7 +87,8 @@ def flex_window(q, k, v, window, slopes):
 def one_query_attention(q, k, v, bias):
     """The last position's query alone, for which SDPA with a bias leaves most of a GPU waiting.
 
-    q (B, H, 1, D); k, v (B, Hkv, m, D), m <= W + 1; bias (H, W + 1): band_bias of one query.
+    q (B, H, 1, D); k, v (B, Hkv, m, D), m <= W + 1: the last W positions and its own, the oldest of which
+    bias masks; bias (H, W + 1): band_bias of one query.
     """
     q = q.unflatten(1, (k.shape[1], -1))[..., 0, :].float()                     # (B, Hkv, H / Hkv, D)
     bias = bias[:, -k.shape[2]:].unflatten(0, (k.shape[1], -1))

@@ -1,7 +1,6 @@
 """A haystack with needles: named values hidden in real text, and questions, after Sec. 4's NIAH protocol.
 
-Several needles are hidden in a stretch of text, and as many questions are asked at its end (// are chunk
-borders):
+Several needles take the place of text, and as many questions are asked at its end (// are chunk borders):
 
     .. def close(self):  // se|kQ7b:VVVVVV| // elf._f ..    needle: a name and its value
     ..  return None|?kQ7b // :VVVVVV .assert // ..          question: it ends a chunk; its answer follows
@@ -11,7 +10,8 @@ next chunk. Its colon opens the next chunk: it is the first token that sees what
 the answer, as in the authors' released code. (The last text token of a chunk predicts before its own landmark
 has retrieved.) In the released code a context has one question; here every needle is asked for.
 
-Names and values are random: bytes that source code hardly contains, or GPT-2 tokens of any kind.
+Names and values are random. Of bytes, names are letters and digits, and values bytes that source code hardly
+contains; of GPT-2 tokens, both are any but single ASCII characters.
 `python -m tasks.needles` shows an example, one chunk a line. chains.py has pairs of needles.
 """
 import string
@@ -59,7 +59,7 @@ class Haystack:
         return (length - 1 - self.n_value) // self.n_text - np.arange(n)[::-1]
 
     def questions_in(self, length, wanted):
-        """How many questions a context has: as many as wanted, if each and its needle have a chunk."""
+        """How many questions a context has: as many as wanted, or as many as fit, two chunks for each."""
         return min(wanted, (length - 1 - self.n_value) // self.n_text // 2)
 
     def batch(self, text, rng, B, length, wanted):
@@ -72,7 +72,7 @@ class Haystack:
         start = rng.integers(len(text), size=(B, 1))            # one token more, as next_tokens are shifted
         x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
         names = random_names(rng, B, n, NAME, self.alphabet.names)                      # (B, n, NAME)
-        values = distinct(rng, B * n, self.n_value, len(self.alphabet.values))          # no token twice
+        values = distinct(rng, B * n, self.n_value, len(self.alphabet.values))      # none has a token twice
         values = self.alphabet.values[values].reshape(B, n, self.n_value)
 
         first_answer = self.answer_chunks(length, n)[0]

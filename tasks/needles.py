@@ -1,6 +1,6 @@
 """Needles: find named values that are hidden in real text. tasks/haystack.py has what a context looks like.
 
-Training begins with short contexts, which double whenever the answers are right. `python -m tasks.needles`
+Training begins with short contexts, which double when enough answers are right. `python -m tasks.needles`
 shows an example, one chunk a line.
 """
 import math
@@ -26,7 +26,7 @@ AFFORDABLE, FEW_QUESTIONS, MANY_QUESTIONS = dict(cpu=2 ** 19, cuda=2 ** 26), 32,
 @dataclass
 class NeedleConfig:
     needle: str = "multi"           # multi: n_needle in a context; single: one; pairs as in tasks/chains.py
-    n_needle: int = 3               # in a context, if it is long enough; as many questions (or so many pairs)
+    n_needle: int = 3               # in a context, or as many as fit; as many questions (or so many pairs)
     n_value: int = 6                # tokens in a needle's value (of pairs: in each name, too)
     anywhere: bool = False          # True: needles lie across chunk borders, too; False: inside one chunk
     path: str = "joined"            # multihop's answer: in one chunk; spread: over two; late: a chunk later
@@ -119,9 +119,10 @@ class Needles:
         return dict(val_accuracy=whole.float().mean().item())
 
     def next_length(self, length, step, score):
-        """The context doubles when the answers are right, the whole of them.
+        """The context doubles when grow_at of the answers are right, each as a whole.
 
-        A model that copies the value of any needle, whatever the name, has every token right but the first.
+        By single tokens it would grow too soon: given the first token of a value, whoever copies any needle's
+        value, whatever its name, has the others right.
         """
         if score and score["val_accuracy"] >= self.settings["grow_at"]:
             return min(2 * length, self.settings["seq_len"])

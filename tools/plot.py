@@ -54,9 +54,11 @@ def load_log(path):
     return scores, name, begins
 
 
-SCORES = dict(val_loss="loss of unseen text", val_accuracy="share of whole answers that are right")
-DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share", "loss"],        # what must be finite;
-             exact_match=["exact_match"], perplexity=["perplexity"])                # speed: all its panels
+SCORES = dict(val_loss="loss of unseen text, nats a token",
+              val_accuracy="share of whole answers that are right")
+# By kind of report, what must be finite. Of eval.py speed: all its panels.
+DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share", "loss"],
+             exact_match=["exact_match"], perplexity=["perplexity"])
 
 
 def kind_of(rows):
@@ -109,8 +111,8 @@ def draw_training(plt, logs):
         axis.plot(scores.keys(), scores.values(), label=names[path].replace("$", r"\$"))
     for length, step in begins.items():
         axis.axvline(step, color="gray", linestyle=":")
-        axis.annotate(f"{length:,} tokens", (step, 1), xycoords=("data", "axes fraction"), rotation=90,
-                      va="top", ha="left", fontsize=7, color="gray")
+        axis.annotate(f"{length:,} tokens", (step, 1), (3, -3), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", rotation=90, va="top", ha="left", fontsize=7, color="gray")
     axis.set(xlabel="step", ylabel=SCORES[first])
     return [axis]
 
