@@ -38,8 +38,8 @@ class NeedleConfig:
 class Needles:
     """Find needles: the answers' loss, and a little language modelling beside it."""
 
-    METRICS = ("answer_loss", "lm_loss", "answer_accuracy")     # what loss() returns beside the loss
-    SCORES = ("val_accuracy",)
+    METRICS = ("answer_loss", "lm_loss", "answer_accuracy")     # beside the loss; the last one is of tokens
+    SCORES = ("val_exact_match",)
     REPORT, TITLE = "niah.json", "Needles by length of the context, up to 1024 times that of training"
 
     def __init__(self, settings, corpus):
@@ -116,7 +116,7 @@ class Needles:
         row = torch.arange(size, device=device)[:, None]
         hit = model.head(model.hidden(tokens)[row, answer_at]).argmax(-1) == labels[row, answer_at]
         whole = hit.view(size, -1, len(self.haystack.answer_offsets)).all(-1)       # (B, answers)
-        return dict(val_accuracy=whole.float().mean().item())
+        return dict(val_exact_match=whole.double().mean().item())
 
     def next_length(self, length, step, score):
         """The context doubles when grow_at of the answers are right, each as a whole.
@@ -124,7 +124,7 @@ class Needles:
         By single tokens it would grow too soon: given the first token of a value, whoever copies any needle's
         value, whatever its name, has the others right.
         """
-        if score and score["val_accuracy"] >= self.settings["grow_at"]:
+        if score and score["val_exact_match"] >= self.settings["grow_at"]:
             return min(2 * length, self.settings["seq_len"])
         return length
 

@@ -153,8 +153,8 @@ def test_sample(run, tmp_path, capsys):
 
 def test_a_log_has_scores_and_shows_where_contexts_grow(tmp_path):
     rows = "1,9.5,64,\n2,9.0,64,0.5\n3,8.5,128,\n4,8.0,128,0.75\n"
-    (tmp_path / "log.csv").write_text("step,loss,seq_len,val_accuracy\n" + rows)
-    assert plot.load_log(tmp_path / "log.csv") == ({2: 0.5, 4: 0.75}, "val_accuracy", {128: 3, 64: 1})
+    (tmp_path / "log.csv").write_text("step,loss,seq_len,val_exact_match\n" + rows)
+    assert plot.load_log(tmp_path / "log.csv") == ({2: 0.5, 4: 0.75}, "val_exact_match", {128: 3, 64: 1})
 
 
 def test_plot_of_a_log(run, tmp_path):
@@ -177,6 +177,27 @@ def test_plot(tmp_path):
         (tmp_path / "report.json").write_text(json.dumps(dict(rows=rows)))
         measure("plot", tmp_path / "report.json", "--out", tmp_path / key)              # a .png
         assert (tmp_path / f"{key}.png").stat().st_size > 5000
+
+
+def test_pictures_that_would_mislead_are_refused(tmp_path, capsys):
+    """Ratios of two reports, each to its own first model; losses in other texts; a log among reports."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+    def report(name, **row):
+        numbers = dict(ratio=0.9, low=0.8, high=0.95, share=0.4, loss=math.nan, length=99)
+        rows = [dict(model=model, **numbers | row) for model in "ab" for _ in range(2)]
+        (tmp_path / name).write_text(json.dumps(dict(rows=rows)))
+        return tmp_path / name
+
+    (tmp_path / "log.csv").write_text("step,seq_len,val_loss\n1,64,0.5\n")
+    near, far = report("near.json", last_seen="never"), report("far.json", last_seen="never", share=0.3)
+    documents = report("a.json", document="$\\frac$_"), report("b.json", document="x")
+    for reports, error in (((near, far), "must be of the same text"), (documents, "must have one report"),
+                           ((near, tmp_path / "log.csv"), "either logs")):
+        line = refused(capsys, evaluation.main, "plot", *reports, "--out", tmp_path / "no.png")
+        assert error in line and line.count("\n") == 1 and not (tmp_path / "no.png").exists()
+    measure("plot", documents[0], "--out", tmp_path / "yes.png")        # what looks like a formula is a name
+    assert plot.shown("_$a") == r" _\$a"
 
 
 # ---------------------------------------------------------------- what the user gets wrong

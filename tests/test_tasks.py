@@ -52,8 +52,8 @@ def test_contexts_start_short_and_then_are_long():
     text, needles = Text(settings(), corpus), Needles(settings(seq_len=200), corpus)
     assert text.lengths() == [64, 128] and needles.lengths() == [64, 128, 200]
     assert [text.next_length(64, step, None) for step in (39, 40)] == [64, 128]
-    assert needles.next_length(64, 1, None) == needles.next_length(64, 1, dict(val_accuracy=0.74)) == 64
-    assert [needles.next_length(n, 1, dict(val_accuracy=0.75)) for n in (64, 128, 200)] == [128, 200, 200]
+    assert needles.next_length(64, 1, None) == needles.next_length(64, 1, dict(val_exact_match=0.74)) == 64
+    assert [needles.next_length(n, 1, dict(val_exact_match=0.75)) for n in (64, 128, 200)] == [128, 200, 200]
     for task in (Text, Needles):
         assert task(settings(start_len=0), corpus).lengths() == [128]
 
@@ -74,7 +74,7 @@ def test_the_score_counts_whole_answers(monkeypatch):
     monkeypatch.setattr(model, "head", lambda x: x)
     batch, answers = task.haystack.batch, []
     monkeypatch.setattr(task.haystack, "batch", lambda *args: answers.append(batch(*args)) or answers[-1])
-    assert task.score(model, 25, 200, 5) == dict(val_accuracy=0.5)
+    assert task.score(model, 25, 200, 5) == dict(val_exact_match=0.5)
 
 
 @pytest.mark.parametrize("anywhere", [False, True])

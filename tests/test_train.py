@@ -43,7 +43,7 @@ def test_training_writes_checkpoint_log_and_table(needle_run):
         loss, answer, lm = (float(row[name]) for name in ("loss", "answer_loss", "lm_loss"))
         assert loss == pytest.approx(answer + 0.3 * lm, rel=1e-5) and 0 < lm < 20 and 0 < answer < 20
         assert row["seq_len"] == "64" and row["batch_size"] == "4"
-    assert 0 <= float(rows[-1]["val_accuracy"]) <= 1
+    assert 0 <= float(rows[-1]["val_exact_match"]) <= 1
     assert {"ckpt.pt", "log.csv", "niah.json"} <= {path.name for path in out.iterdir()}
     settings = json.loads((out / "niah.json").read_text())["settings"]
     assert settings["n_embd"] == 16 and (settings["data"], settings["split"]) == ("stdlib", "val")
@@ -55,7 +55,7 @@ def test_a_tiny_model_learns_to_retrieve(tmp_path, no_table):
     """From nothing to above half of the whole answers; without retrieval they cannot be known."""
     rows = train(tmp_path, "--preset", "cpu", "--n_needle", 1, "--seq_len", 64, "--steps", 220,
                  "--validate_every", 20, "--device", DEVICE.type)
-    accuracy = [float(row["val_accuracy"]) for row in rows if row["val_accuracy"]]
+    accuracy = [float(row["val_exact_match"]) for row in rows if row["val_exact_match"]]
     assert accuracy[0] < 0.05 and accuracy[-1] > 0.5
 
 
@@ -182,7 +182,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been(name, text_run, tmp_path, n
 
 
 def test_needle_training_resumes_with_its_context_length(tmp_path, no_table, monkeypatch):
-    monkeypatch.setattr(Needles, "score", lambda *_: dict(val_accuracy=1.0))
+    monkeypatch.setattr(Needles, "score", lambda *_: dict(val_exact_match=1.0))
     flags = [*TINY_FLAGS, "--n_value", 1, "--steps", 40, "--validate_every", 15, "--checkpoint_every", 20]
     whole = train(tmp_path / "whole", *flags)
     monkeypatch.setattr(train_module, "learning_rate", fail_after(train_module.learning_rate, 30))
@@ -322,6 +322,15 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert "file" in refused(capsys, train_module.main, "--preset", "cpu", "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_log_of_another_version_is_not_continued(text_run, tmp_path, capsys):
+    shutil.copytree(text_run, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "log.csv").read_text().replace("val_loss", "loss_of_val", 1)
+    (tmp_path / "log.csv").write_text(before)
+    error = refused(capsys, train_module.main, "--resume", "--steps", 42, "--out", tmp_path)
+    assert error.startswith("error: --resume: ") and "log.csv" in error and error.count("\n") == 1
+    assert (tmp_path / "log.csv").read_text() == before
 
 
 def test_resume_names_the_flag_that_differs(text_run, capsys):

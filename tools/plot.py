@@ -26,10 +26,12 @@ def load_report(path):
     """The rows of a report; ValueError if it is not one."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        numbers = DRAWN.get(kind_of(rows), [*PANELS][2:])
+        kind = kind_of(rows)
+        numbers = DRAWN.get(kind, [*PANELS][2:])
         for row in rows:
             require(type(row["length"]) is int and abs(math.log(row["length"])) < 50, "no length")
             require(isinstance(row.get("model", ""), str), "no name")
+            require(kind in PANELS or isinstance(row[kind], str), "no document or distance")
             require(all(math.isfinite(row[key]) for key in numbers), "nothing to draw")
     except OSError:
         raise
@@ -55,9 +57,9 @@ def load_log(path):
 
 
 SCORES = dict(val_loss="loss of unseen text, nats a token",
-              val_accuracy="share of whole answers that are right")
+              val_exact_match="share of whole answers that are right")
 # By kind of report, what must be finite. Of eval.py speed: all its panels.
-DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share", "loss"],
+DRAWN = dict(document=["ratio", "low", "high"], last_seen=["share"],     # of no tokens, the loss is nan
              exact_match=["exact_match"], perplexity=["perplexity"])
 
 
@@ -88,6 +90,8 @@ def run(args, device):
 def draw(reports, path):
     """One curve for each model of each report; needs matplotlib. All reports must be of one kind."""
     is_log = all(report.suffix == ".csv" for report in reports)
+    require(is_log or not any(report.suffix == ".csv" for report in reports),
+            "plot must have either logs (log.csv) or reports of eval.py, got both")
     tables = {report: load_log(report) if is_log else load_report(report) for report in reports}
     try:
         import matplotlib.pyplot as plt
@@ -97,9 +101,15 @@ def draw(reports, path):
         axes = draw_training(plt, tables) if is_log else draw_reports(plt, tables)
         for axis in axes:
             axis.grid(alpha=0.3)
-        figure = axes[0].figure
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figure, (handles, labels) = axes[0].figure, axes[0].get_legend_handles_labels()
+        columns = max(1, 100 // (max(map(len, labels)) + 8))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         save(figure, path)
+
+
+def shown(name):
+    """The name as matplotlib prints it: no formula, and no label that it hides."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def draw_training(plt, logs):
@@ -108,11 +118,14 @@ def draw_training(plt, logs):
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for path, (scores, name, _) in logs.items():
         require(name == first, f"{path} must have the first run's score {first}, it has {name}")
-        axis.plot(scores.keys(), scores.values(), label=names[path].replace("$", r"\$"))
-    for length, step in begins.items():
+        axis.plot(scores.keys(), scores.values(), label=shown(names[path]))
+    labelled = math.inf
+    for length, step in begins.items():                     # the last one first
         axis.axvline(step, color="gray", linestyle=":")
-        axis.annotate(f"{length:,} tokens", (step, 1), (3, -3), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", rotation=90, va="top", ha="left", fontsize=7, color="gray")
+        if labelled - step > max(scores) / 50:              # its label does not lie on the one after it
+            axis.annotate(f"{length:,} tokens", (step, 1), (3, -3), xycoords=("data", "axes fraction"),
+                          textcoords="offset points", rotation=90, va="top", fontsize=7, color="gray")
+            labelled = step
     axis.set(xlabel="step", ylabel=SCORES[first])
     return [axis]
 
@@ -124,6 +137,8 @@ def draw_reports(plt, tables):
         require(kinds[report] == kind, f"{report} must be of the same command as {next(iter(tables))}")
     if kind not in ("document", "last_seen"):
         return draw_lengths(plt, kind, tables)
+    require(kind == "last_seen" or len(tables) == 1, "plot must have one report of --by document: its ratios "
+            f"are to its own first model, got {len(tables)}")
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     (draw_ratios if kind == "document" else draw_copies)(axis, curves(tables))
     return [axis]
@@ -138,8 +153,7 @@ def draw_lengths(plt, kind, tables):
     for axis, key in zip(axes[0], keys, strict=True):
         for i, (name, rows) in enumerate(curves(tables).items()):
             style = "o-" if i < 10 else "s--"               # matplotlib has ten colours
-            axis.plot([row["length"] for row in rows], [row[key] for row in rows], style,
-                      label=name.replace("$", r"\$"))
+            axis.plot([row["length"] for row in rows], [row[key] for row in rows], style, label=shown(name))
         axis.set(xscale="log", xlabel="tokens of context", ylabel=PANELS[key])
         if key == "exact_match":
             axis.set(ylim=(-3, 103))
@@ -151,29 +165,31 @@ def draw_lengths(plt, kind, tables):
 def draw_ratios(axis, tables):
     """Each document's ratio of perplexities to the first model's, lowest first, with 95% of bootstraps."""
     (first, _), *others = tables.items()
-    require(others, "a picture of ratios needs two models in its reports")
+    require(others, "a picture of ratios needs two models in its report")
     for i, (name, rows) in enumerate(others):
         rows = sorted(rows[:-1], key=lambda row: row["ratio"])                  # the last one is their mean
         ratios = [row["ratio"] for row in rows]
         errors = [[row["ratio"] - row["low"] for row in rows], [row["high"] - row["ratio"] for row in rows]]
         if i == 0:
             names = [row["document"] for row in rows]                           # the others in its order
-            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+            axis.set_xticks(range(len(names)), map(shown, names), rotation=45, ha="right", fontsize=7)
         require({row["document"] for row in rows} <= {*names}, f"{name} must have the others' documents")
         at = [names.index(row["document"]) + 0.15 * i for row in rows]
-        axis.errorbar(at, ratios, errors, fmt="o", label=name.replace("$", r"\$"))
+        axis.errorbar(at, ratios, errors, fmt="o", label=shown(name))
     axis.axhline(1, color="gray")
-    axis.set(ylabel=f"perplexity over that of {first}")
+    axis.set(ylabel=f"perplexity over that of {shown(first)}")
 
 
 def draw_copies(axis, tables):
     """Loss of the tokens whose 4-gram was last seen so far back, a bar for each model."""
-    width, kinds = 0.8 / len(tables), [row["last_seen"] for row in next(iter(tables.values()))]
+    width, same = 0.8 / len(tables), ("last_seen", "length", "share")
+    kinds = [[row[key] for key in same] for row in next(iter(tables.values()))]
     for i, (name, rows) in enumerate(tables.items()):
-        require([row["last_seen"] for row in rows] == kinds, f"{name} must be of the others' window")
+        require([[row[key] for key in same] for row in rows] == kinds,
+                f"{name} must be of the same text, length and window as the others")
         middle = (i - (len(tables) - 1) / 2) * width
         axis.bar([j + middle for j in range(len(rows))], [row["loss"] for row in rows], width,
-                 label=name.replace("$", r"\$"))
+                 label=shown(name))
     axis.set_xticks(range(len(rows)), [f"{row['last_seen']}\n{100 * row['share']:.0f}% of tokens"
                                        for row in rows])
     axis.set(xlabel="tokens since the last time that this and the 3 tokens before it were seen",

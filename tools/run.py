@@ -249,8 +249,12 @@ class Run:
 def open_log(path, columns, step):
     """log.csv, ready for the row after `step`; rows that a resumed run will write again are dropped."""
     text = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
+    header, *lines = text.splitlines() or [""]
+    require(header == ",".join(columns) or not header.startswith("step,"),
+            f"--resume: {path} must have the columns that train.py writes now, and another version wrote it: "
+            "train anew, or rename it to go on without its rows")
     kept = []
-    for line in text.splitlines()[1:step + 1]:
+    for line in lines[:step]:
         cells = line.split(",")
         if len(cells) != len(columns) or cells[0] != str(len(kept) + 1):
             break                               # cut, or not ours: what follows is left out, too
