@@ -65,7 +65,7 @@ PRESETS = {
                 n_value=12, anywhere=True, start_len=512, seq_len=16384, batch_size=128, batch_tokens=65536,
                 steps=3000, lr=2e-3, gumbel=False),
     "multihop": dict(needle="multihop", n_layer=8, n_encoder=1, top_k=8, n_needle=2, n_value=4, start_len=80,
-                     seq_len=1024, batch_size=256, batch_tokens=32768, steps=2000, lr=3e-3,
+                     seq_len=1024, batch_size=256, batch_tokens=32768, grow_at=0.45, steps=2000, lr=3e-3,
                      encoder_rope=False, gumbel=False),
     "code": LM | dict(data="data/code", n_layer=8, n_embd=384, n_head=6, chunk_size=32, top_k=32,
                       recency=True, query_gain=8, start_len=992, seq_len=8060, batch_tokens=32240, steps=9000,

@@ -102,7 +102,7 @@ def draw(reports, path):
         for axis in axes:
             axis.grid(alpha=0.3)
         figure, (handles, labels) = axes[0].figure, axes[0].get_legend_handles_labels()
-        columns = max(1, 100 // (max(map(len, labels)) + 8))
+        columns = max(1, 112 // (max(map(len, labels)) + 8))
         figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         save(figure, path)
 
