@@ -65,7 +65,7 @@ def load_tokenizer(name):
 # ---------------------------------------------------------------- corpora
 
 def text_files(folder, ending):
-    """The texts in a folder, in order: regular files with this ending. And whatever else has that ending.
+    """The texts in a folder, in order: regular files with this ending (or these). And what else has it.
 
     What has a name that begins with a dot is no text: editors and systems keep copies and locks there.
     """

@@ -28,6 +28,7 @@ def documents(folder, **texts):
 def test_a_folder_of_text_becomes_a_corpus(tmp_path):
     texts = {f"book{i}": f"Book {i}, naïve. " * 200 for i in range(9)}
     folder = documents(tmp_path / "books", **texts, latin=b"caf\xe9", binary=b"a\0b")
+    (folder / "book3.txt").rename(folder / "book3.md")
     out = tmp_path / "corpus"
     line = ["text", str(folder), "--out", str(out), "--tokenizer", "bytes"]
     printed = command("-m", "tools.prepare", *line).stdout
@@ -97,7 +98,7 @@ def test_gpt2_tokens(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("texts, message", [
-    (dict(), "must hold at least two .txt files"), (dict(one="x"), "got 1"),
+    (dict(), "must hold at least two .txt or .md files"), (dict(one="x"), "got 1"),
     (dict(one=b"\xff", two=b"\xfe"), "must hold UTF-8 text")])
 def test_preparation_mistakes_get_one_line(texts, message, tmp_path, capsys):
     (tmp_path / "books").mkdir()

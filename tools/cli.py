@@ -107,7 +107,8 @@ def add_text(parser):
     """Flags for a text, as given_text() reads it; returns their group."""
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text")
-    text.add_argument("--file", type=Path, help="a file that holds it, of any length")
+    text.add_argument("--file", type=Path, help="a file that holds it, of any length; "
+                      "a line break at its end is a part of it")
     return text
 
 

@@ -1,6 +1,6 @@
 """Corpora for train.py --data: token ids in train.bin, val.bin (and test.bin), uint16, and meta.json.
 
-    python -m tools.prepare text FOLDER --out data/mine     a folder of .txt files, one document a file
+    python -m tools.prepare text FOLDER --out data/mine     a folder of .txt and .md files, a document each
     python -m tools.prepare packages                        the source of the installed Python packages
     python -m tools.prepare pg19                            the paper's corpora, from the Hugging Face hub
     python -m tools.prepare arxiv-math                      (they need the package datasets)
@@ -36,8 +36,8 @@ from tools import cli, exits, packages, pairs
 # ---------------------------------------------------------------- a folder of text -> a corpus
 
 def split_documents(folder):
-    """{split: paths} of a folder's .txt files: its own train, val and test, or one in twenty for val."""
-    files, others = text_files(folder, ".txt")
+    """{split: paths} of a folder's text files: its own train, val and test, or one in twenty for val."""
+    files, others = text_files(folder, (".txt", ".md"))
     if others:
         exits.say(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
                   f"{', ..' if len(others) > 1 else ''}")
@@ -45,11 +45,11 @@ def split_documents(folder):
               for name in ("train", "val", "test")}
     if not splits["train"]:
         require(len(files) >= 2,
-                f"{folder} must hold at least two .txt files, a document each, got {len(files)}")
+                f"{folder} must hold at least two .txt or .md files, a document each, got {len(files)}")
         drawn = sorted(files, key=lambda path: zlib.crc32(os.fsencode(path.relative_to(folder))))
         n_val = max(1, len(files) // 20)
         splits = dict(train=sorted(drawn[n_val:]), val=sorted(drawn[:n_val]))
-    require(splits["val"], f"{folder}/val must hold .txt files, as {folder}/train does")
+    require(splits["val"], f"{folder}/val must hold .txt or .md files, as {folder}/train does")
     return {name: files for name, files in splits.items() if files}
 
 
@@ -168,7 +168,7 @@ def write_split(path, documents, number, tokenizer, errors, names):
 
 
 def prepare_text(folder, out, tokenizer, errors):
-    """A folder of .txt files -> a corpus in out."""
+    """A folder of .txt and .md files -> a corpus in out."""
     def identity(files):                # by content: a file may change and keep its size
         return [(path.relative_to(folder).as_posix(), digest_of_file(path)) for path in files]
 
@@ -261,8 +261,8 @@ def prepare_dataset(name, out, tokenizer):
 def main(argv=None):
     parser = cli.Parser(description="Prepare a corpus.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
-    text = cli.add_command(commands, "text", "Tokenize a folder of .txt files, one document a file. Without "
-                           "folders train and val in it, one file in twenty is for validation.")
+    text = cli.add_command(commands, "text", "Tokenize a folder of .txt and .md files, a document each. "
+                           "Without folders train and val in it, one file in twenty is for validation.")
     text.add_argument("folder", type=Path, help="holds the files, or folders train, val and test that do")
     text.add_argument("--out", type=cli.folder, required=True, help="for train.bin and val.bin")
     text.add_argument("--errors", choices=["strict", "replace"], default="strict",
