@@ -158,9 +158,12 @@ def test_a_log_has_scores_and_shows_where_contexts_grow(tmp_path):
 
 
 def test_plot_of_a_log(run, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
     measure("plot", run / "log.csv", "--out", tmp_path / "log.png")
     assert (tmp_path / "log.png").stat().st_size > 5000
+    log = {100: 2.0, 1000: 1.0}, "val_loss", {256: 500, 128: 495, 64: 1}
+    axis, = plot.draw_training(plt, {tmp_path / "log.csv": log})
+    assert [text.get_text() for text in axis.texts] == ["256 tokens", "64 tokens"]      # 128 has no room
 
 
 def test_plot(tmp_path):

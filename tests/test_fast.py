@@ -1,4 +1,6 @@
 """Every fast piece of a model does what its plain twin does; apply() swaps them and says what is active."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -32,6 +34,17 @@ def test_window_attention_is_softmax_over_the_window_with_alibi(n, past, window,
         bias = band_bias(1, window + 1, window, slopes)[:, 0].to(DEVICE)
         last = one_query_attention(arguments[0][:, :, -1:], k, v, bias)
         torch.testing.assert_close(last.cpu(), expected[:, :, -1:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n, window, D, wanted", [
+    (992, 1024, 64, "flex"), (8060, 512, 64, "flex"), (128, 128, 16, "flex"),
+    (127, 1024, 64, "plain"), (8060, 127, 64, "plain"), (992, 1024, 8, "plain")])
+def test_on_a_gpu_wide_windows_go_to_flex_attention_also_if_the_text_is_shorter(n, window, D, wanted,
+                                                                                monkeypatch):
+    monkeypatch.setattr(fast.window, "flex_window", lambda *_: "flex")
+    monkeypatch.setattr(plain, "window_attention", lambda *_: "plain")
+    q = SimpleNamespace(is_cuda=True, shape=(1, 2, n, D))
+    assert window_attention(q, q, q, window, None) == wanted
 
 
 @pytest.mark.parametrize("n, window, heads, D, dtype", [

@@ -122,7 +122,7 @@ def draw_training(plt, logs):
     labelled = math.inf
     for length, step in begins.items():                     # the last one first
         axis.axvline(step, color="gray", linestyle=":")
-        if labelled - step > max(scores) / 50:              # its label does not lie on the one after it
+        if labelled - step > axis.get_xlim()[1] / 50:       # its label does not lie on the one after it
             axis.annotate(f"{length:,} tokens", (step, 1), (3, -3), xycoords=("data", "axes fraction"),
                           textcoords="offset points", rotation=90, va="top", fontsize=7, color="gray")
             labelled = step

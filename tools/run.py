@@ -153,10 +153,10 @@ class Run:
 
     def start(self, step):
         """Open log.csv for the row after `step` and catch signals; use as a context."""
-        self.catching = exits.signals(self.catch)
-        self.catching.__enter__()
         path = self.out / "log.csv"
         self.file = open_log(path, self.columns, step) if self.first else open(os.devnull, "w")
+        self.catching = exits.signals(self.catch)
+        self.catching.__enter__()
         self.table = csv.DictWriter(self.file, self.columns, lineterminator="\n")
         self.in_lines = not sys.stderr.isatty()         # in a log file: a line now and then, instead of a bar
         self.bar = tqdm(total=self.n_step, initial=step, unit="step", disable=not self.first,
