@@ -70,7 +70,7 @@ def assert_matches(function, tensors, softmax_one=True, tolerance=0):
     for name, x, y in zip(NAMES, results, expected, strict=True):
         assert x.shape == y.shape and x.isfinite().all(), name
         error, size = (x.double() - y).norm().item(), y.norm().item()
-        if name == "dweights":      # each sums a whole chunk of upstream * o, which may cancel: measured by its terms
+        if name == "dweights":          # sums of upstream * o, which may cancel: measured by their terms
             size = max(size, (upstream.double().norm() * expected[0].square().mean().sqrt()).item())
         assert error <= tolerance * size + 1e-6, f"{name}: error {error:.1e} of {size:.1e}"
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-MOST = 2            # shapes kept at a time, as --lm_share has two; a third one gives them up
 SMALL = 2 ** 25     # numbers in a batch's residual stream; with more, kernels take longer than their launches
 
 
@@ -36,14 +35,13 @@ class GraphedObjective(nn.Module):
 
     def __init__(self, objective):
         super().__init__()
-        self.objective, self.graphs = objective, {}
+        self.objective, self.graphs = objective, {}         # by the shapes of a batch: the last ones alone
 
     def forward(self, *batch):
         kind = tuple(x.shape for x in batch)
         if kind not in self.graphs:
-            if len(self.graphs) >= MOST:
-                self.graphs.clear()
-                gc.collect()                            # a graph is part of a cycle, and holds its memory
+            self.graphs.clear()
+            gc.collect()                                # a graph is part of a cycle, and holds its memory
             self.graphs[kind] = self.record(batch)
         return self.graphs[kind](*batch)
 

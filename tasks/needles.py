@@ -3,7 +3,6 @@
 Training begins with short contexts, which double when enough answers are right. `python -m tasks.needles`
 shows an example, one chunk a line.
 """
-import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,7 +15,7 @@ from model import NO_LABEL
 from tasks import EVALUATION, TRAINING, VALIDATION
 from tasks.chains import PAIRS, PATHS, Pairs
 from tasks.haystack import ALPHABETS, Haystack
-from tasks.text import stdlib_corpus, window_batch
+from tasks.text import stdlib_corpus
 
 KINDS = "multi", "single", *PAIRS
 # For a row of a table: the tokens to read, about; and the fewest and the most questions.
@@ -32,7 +31,6 @@ class NeedleConfig:
     path: str = "joined"            # multihop's answer: in one chunk; spread: over two; late: a chunk later
     grow_at: float = 0.75           # share of whole answers that are right, at which the context doubles
     lm_weight: float = 0.3          # of the language-model loss, beside the answers'
-    lm_share: float = 0.0           # share of the steps that are language modelling alone
 
 
 class Needles:
@@ -60,7 +58,6 @@ class Needles:
         unit = "bytes" if corpus.tokenizer == "bytes" else "tokens"
         require(settings["chunk_size"] >= least, f"chunk_size must be at least {least} to hold a needle with "
                 f"a value of {n_value} {unit}, got {settings['chunk_size']}")
-        require(0 <= settings["lm_share"] < 1, f"lm_share must be in [0, 1), got {settings['lm_share']}")
         most_pairs = most ** min(n_value, 4) // 4               # four different names for each
         require(kind not in PAIRS or self.n_needle <= most_pairs, "n_needle must be at most "
                 f"{most_pairs}, for different names of {n_value} tokens, got {self.n_needle}")
@@ -80,24 +77,15 @@ class Needles:
                 f"question in chunks of {self.settings['chunk_size']}, got {length}")
 
     def batch(self, step, length, size):
-        """Tokens, next tokens and answer_at of step number `step`; of plain text, no answers."""
-        seed, share = self.settings["seed"], self.settings["lm_share"]
-        if int((step + 1) * share) > int(step * share):             # a share of the steps, evenly spread
-            return *window_batch(self.corpus.train, seed, step * size, size, length), np.zeros((size, 0), int)
-        rng = np.random.default_rng([TRAINING, seed, step])
+        """Tokens, next tokens and answer_at of step number `step`."""
+        rng = np.random.default_rng([TRAINING, self.settings["seed"], step])
         return self.haystack.batch(self.corpus.train, rng, size, length, self.n_needle)
 
     def loss(self, model, tokens, labels, answer_at):
-        """The loss and METRICS of a batch: tokens, labels (B, T), answer_at (B, answer tokens).
-
-        A batch of plain text (without answers) has language modelling alone, and nan for its answers.
-        """
+        """The loss and METRICS of a batch: tokens, labels (B, T), answer_at (B, answer tokens)."""
         hidden = model.hidden(tokens)                                               # (B, T, d)
         text_labels = labels.scatter(1, answer_at, NO_LABEL)
         lm_loss = model.cross_entropy(hidden, model.embedding.weight, text_labels)
-        if not answer_at.shape[1]:
-            nothing = torch.full_like(lm_loss.detach(), math.nan)
-            return lm_loss, dict(answer_loss=nothing, lm_loss=lm_loss, answer_accuracy=nothing)
         answers = hidden.gather(1, answer_at[..., None].expand(-1, -1, hidden.shape[-1]))     # (B, .., d)
         logits = model.head(answers).float()                                        # (B, .., vocab_size)
         answer_labels = labels.gather(1, answer_at)

@@ -167,7 +167,7 @@ def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype, 
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.1)
-    assert len(graphed_step.graphs) <= fast.training.MOST
+        assert len(graphed_step.graphs) == 1
 
 
 @pytest.mark.parametrize("task", ["needles", "text"])
