@@ -42,16 +42,17 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
     rows = []
     exits.say("\n".join(sorted({read.prepare(model) for model in models.values()})))
     try:
-        for name, model in models.items():
-            read.reset()
-            table, numbers = task.measure(model, read, lengths, n, seed, **options), read.numbers()
-            for row in tqdm(table, name, leave=False, unit="row", disable=None):       # only on a terminal
-                numbers = read.numbers() if read.tokens else numbers    # rows that were read together share
-                rows.append(dict(model=name) | row | numbers)
-                if not sys.stderr.isatty():                                 # no bar: a line in the log
-                    first = next(iter(row.values()))
-                    exits.say(f"{name}: {first} measured, {read.seconds:.0f} s", sys.stderr)
+        with cli.autocast(read.device, read.dtype):                         # also what a task computes itself
+            for name, model in models.items():
                 read.reset()
+                table, numbers = task.measure(model, read, lengths, n, seed, **options), read.numbers()
+                for row in tqdm(table, name, leave=False, unit="row", disable=None):    # only on a terminal
+                    numbers = read.numbers() if read.tokens else numbers        # rows read together share
+                    rows.append(dict(model=name) | row | numbers)
+                    if not sys.stderr.isatty():                             # no bar: a line in the log
+                        first = next(iter(row.values()))
+                        exits.say(f"{name}: {first} measured, {read.seconds:.0f} s", sys.stderr)
+                    read.reset()
     finally:                                            # also if memory or patience did not last to the end
         if rows:
             report.print_table(rows)
@@ -100,6 +101,8 @@ def run_niah(args, device):
     require(PAPER_NAMES.get(name, name) == "needles",
             f"--ckpt must be of a run with --task needles, got --task {name}")
     cli.check_types(settings, [NeedleConfig, DRTConfig], args.ckpt)
+    require(model.config.n_group or not args.retriever,
+            f"--retriever: {args.ckpt} must be of a DRT: a base LM retrieves nothing")
     require(not args.n_needle or settings["needle"] != "single",
             "--n_needle must be left out with --needle single: its contexts have one needle")
     corpus = load_corpus(settings["data"])

@@ -359,7 +359,7 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None, backend="auto")
                                    a GPU for what it takes, otherwise the reference
     returns  (B, Cq, Sq, Hq, D)    in q's dtype, differentiable in q, k, v and weights
 
-    Under autocast, q, k and v are cast to its dtype, as in torch's own attention. Raises ValueError, which
+    Under autocast, q, k and v are cast to its dtype. Raises ValueError, which
     names the argument, for what does not fit, and RuntimeError where the backend cannot run. On a GPU indices
     are checked only if GCA_CHECK_INDICES=1 is set, because the check has to wait for the GPU.
     """

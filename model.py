@@ -244,7 +244,7 @@ def retrieval_scores(query, landmarks, t, c, decay=None, window_chunks=1):
     """
     scale = query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 and not query.requires_grad:
-        scores = torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale        # the same, faster
+        scores = torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale        # faster
     else:
         scores = (query.float() * scale) @ landmarks.float().mT
     if decay is not None:

@@ -90,7 +90,7 @@ def train(config, model, task, run, saved=None):
     """
     ranks, device = run.ranks, run.ranks.device
     dtype = cli.pick_dtype(config.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = cli.autocast(device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = make_optimizer(model, config)
     step, length = 0, task.lengths()[0]

@@ -73,12 +73,14 @@ def check(model):
     """ValueError if reading in pieces differs from the plain files, or is not finite, on random tokens.
 
     Layers are written once, so an edit of theirs takes effect everywhere. An edit of what has a twin in here
-    does not. Pieces are of half a window, and of one token each at the end.
+    does not. Pieces are of half a window, and of one token each at the end. Where two scores are nearly
+    equal, rounding may decide which chunk is read: so a few positions may differ, in half precision more.
     """
     S, K, W = model.config.chunk_size, model.config.top_k, model.config.window
-    n = (K + 1) * (S - 1)               # so few chunks that each retrieves all before it, even by chance
-    if model.config.retriever != "random":
-        n = max(n, W + S)               # more than the window holds
+    if model.config.retriever == "random":
+        n = (K + 1) * (S - 1)           # so few chunks that each retrieves all before it
+    else:
+        n = max((3 * K + 1) * (S - 1), W + S)       # so many that it chooses; more than the window holds
     device, draw = model.embedding.weight.device, torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, n), generator=draw).to(device)
     original = copy.copy(model)                         # the same weights
@@ -87,18 +89,18 @@ def check(model):
     memory = Memory(model)
     pieces = [*tokens[:, :-8].split(max(1, W // 2), dim=1), *tokens[:, -8:].split(1, dim=1)]
     wanted = original.hidden(tokens)
+    is_exact = wanted.dtype == torch.float32 and not torch.is_autocast_enabled(tokens.device.type)
     require(wanted.isfinite().all(), "the model's output is not finite: its weights are lost, or --dtype is "
             "too narrow for them")
     try:
         got = torch.cat([read_segment(model, piece, memory) for piece in pieces if piece.numel()], dim=1)
-        errors = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1))[0]
-        error = max(errors.median(), errors[-8:].median()).item()
+        errors = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1))[0].float()
+        error = max(errors.quantile(0.85 if is_exact else 0.5), errors[-8:].median()).item()
         said = f"relative error {error:.1e}"
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as problem:       # an edit of shapes may end in any of torch's errors
         error, said = 1.0, str(problem)
-    is_exact = wanted.dtype == torch.float32 and not torch.is_autocast_enabled(tokens.device.type)
     require(error <= (1e-3 if is_exact else 5e-2), f"fast/ reads other than the plain files ({said}). "
             "An edit of gca.py, or of window_attention, retrieve or WholeText in model.py, must be made "
             "in its twin, too (fast/gca.py, window.py, stream.py); or give --fast false")

@@ -12,7 +12,7 @@ from gca import copy_retrieved, gca, gca_reference, triton
 from tools import cli, exits, report
 
 
-def random_inputs(device, dtype, B=2, Cq=5, Sq=33, Hq=4, Hkv=2, D=64, Ck=7, Sk=63, K=4, retrieval="uniform"):
+def random_inputs(device, dtype, B, Cq, Sq, Hq, Hkv, D, Ck, Sk, K, retrieval="uniform"):
     """Random arguments of gca().
 
     retrieval: "uniform": different chunks, all equally likely; "skewed": by Zipf's law; "worst": uniform, but

@@ -380,8 +380,9 @@ def gca(q, k, v, weights, indices, softmax_one=True, scale=None):
 
 
 def in_words(model):
-    """Which kernels a model runs on a GPU, in half precision."""
-    config = model.config
-    D, S = config.n_embd // config.n_head, config.chunk_size
-    x = torch.empty(1, 1, S, config.n_head, D, dtype=torch.bfloat16, device="meta")
-    return "Triton kernels" if tile_rows(x, x[:, :, 1:]) else "reference attention"
+    """Which kernels a model runs on a GPU, in half precision; "" for a base LM."""
+    config, device = model.config, model.embedding.weight.device
+    x = torch.empty(1, 1, config.chunk_size, config.n_head, config.n_embd // config.n_head,
+                    dtype=torch.bfloat16, device=device)
+    kernels = "Triton kernels" if tile_rows(x, x[:, :, 1:]) else "reference attention"
+    return kernels if config.n_group else ""

@@ -34,7 +34,7 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     device = model.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
     check_generation(prompts, model.config.vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad)
-    batches = as_batches(model, prompts, pad, memory, offload)
+    batches = as_batches(model, prompts, max_new_tokens, pad, memory, offload)
     return generate_batches(model, batches, max_new_tokens, (temperature, top_k, top_p), stop, pad,
                             reads_last=memory is not None)
 
@@ -51,7 +51,7 @@ def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, to
     require(top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p}")
 
 
-def as_batches(model, prompts, pad, memory, offload):
+def as_batches(model, prompts, max_new_tokens, pad, memory, offload):
     """Pad prompts so that the last token of each opens a chunk, and put those of one length side by side.
 
     Returns for each batch: which prompts they are, their tokens (B, n), and a memory to read them into.
@@ -67,7 +67,7 @@ def as_batches(model, prompts, pad, memory, offload):
     for batch in by_length.values():
         numbers, rows = [i for i, _ in batch], torch.stack([row for _, row in batch])
         batch_memory = memory or Memory(model, len(rows), offload)
-        batch_memory.check(model, rows)
+        batch_memory.check(model, rows, max_new_tokens)
         batches.append((numbers, rows, batch_memory))
     return batches
 

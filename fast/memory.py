@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fast.files import Damaged, atomic_file, load_saved, saved_config
+from fast.files import Damaged, atomic_file, load_saved
 from gca import jit, require, triton
-from model import band_bias
+from model import DRTConfig, band_bias
 
 if triton:
     import triton.language as tl
@@ -164,7 +164,7 @@ class ChunkCache:
                 x.record_stream(copy_stream(x.device))          # not to be reused before it was read there
 
     def make_room(self, n_slot, n_key, page, device):
-        if self.k is None or n_slot > self.k.shape[1]:          # a cache that is too small starts again
+        if self.k is None or self.n_group * n_slot > self.k.shape[1]:       # too small: it starts again
             self.forget()
             room = self.n_group * n_slot + n_slot // 4 + 16
             self.k, self.v = (x.new_empty(1, room, *x.shape[2:], device=device) for x in page.tensors[1:])
@@ -259,18 +259,18 @@ class Memory:
             self.served[g] = indices, self.cache.generation, served
         return served
 
-    def check(self, model, tokens):
-        """ValueError if the model cannot read these tokens into this memory."""
-        device, wanted = model.embedding.weight.device, self.length + tokens.shape[1]
+    def check(self, model, tokens, n_new=0):
+        """ValueError if the model cannot read these tokens, and n_new that it writes, into this memory."""
+        device, n_more = model.embedding.weight.device, tokens.shape[1] + n_new
         require(self.model is model, "memory must be this model's own; it was made for another model")
         self.check_weights()
         require(tokens.numel(), "tokens must be at least one for each sequence, got none")
         require(self.device == device, f"memory must be on the model's device {device}, got {self.device}")
         require(len(tokens) == self.batch_size,
                 f"tokens must be {self.batch_size} sequences, as the memory, got {len(tokens)}")
-        require(not self.capacity or wanted <= self.capacity,
+        require(not self.capacity or self.length + n_more <= self.capacity,
                 f"tokens must fit the memory's capacity of {self.capacity}: it holds {self.length}, "
-                f"and {tokens.shape[1]} more were to be read")
+                f"and {n_more} more were to be read")
 
     def check_weights(self):
         require(self.state.now() == self.state.before, "memory must be of the model's weights and settings: "
@@ -348,7 +348,8 @@ class Memory:
         require(Path(path).is_file(), f"no memory file at {path}")
         state = load_saved(path, "a memory that Memory.save wrote", PARTS)
         require(state["format"] == FORMAT, f"{path} has format {state['format']!r}, and must have {FORMAT!r}")
-        require(saved_config(state["config"]) == model.config and state["weights"] == fingerprint(model),
+        config = asdict(DRTConfig()) | dict(encoder_rope=False) | state["config"]       # an old file's, too
+        require(config == asdict(model.config) and state["weights"] == fingerprint(model),
                 f"{path} must be a memory of this model; another model's weights wrote it")
         if not holds_its_length(state, model.config):
             raise Damaged(f"{path} is damaged: its tensors are not those of {state['length']} tokens")

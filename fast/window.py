@@ -4,7 +4,7 @@
     flex_window           one kernel that reads only the blocks inside the window (torch's flex_attention)
     one_query_attention   for a single query; stream.py calls it, in generation
 
-All take q (B, H, n, D) and k, v (B, Hkv, m, D) with m >= n: the queries are the last n of the m positions.
+All take q (B, H, n, D) and k, v (B, Hkv, m, D), n <= m <= n + W: the queries are the last n of m positions.
 """
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ WIDE = 128                          # fewer: model.py's blocks, a little slower,
 
 
 def window_attention(q, k, v, window, slopes):
-    """Causal self-attention over the last W positions, with ALiBi (Sec. 3). Any n >= 1."""
+    """Causal self-attention over the last W positions, with ALiBi (Sec. 3)."""
     if q.is_cuda and min(q.shape[2], window) >= WIDE and q.shape[-1] >= 16:     # it takes no narrower heads
         return flex_window(q, k, v, window, slopes)
     return plain.window_attention(q, k, v, window, slopes)
@@ -92,5 +92,6 @@ def one_query_attention(q, k, v, bias):
     """
     q = q.unflatten(1, (k.shape[1], -1))[..., 0, :].float()                     # (B, Hkv, H / Hkv, D)
     bias = bias[:, -k.shape[2]:].unflatten(0, (k.shape[1], -1))
-    scores = q @ k.float().mT * q.shape[-1] ** -0.5 + bias
-    return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]
+    with torch.autocast(q.device.type, enabled=False):                          # scores in float32
+        scores = q @ k.float().mT * q.shape[-1] ** -0.5 + bias
+        return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]

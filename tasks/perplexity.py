@@ -17,7 +17,7 @@ from gca import require
 from tasks import EVALUATION
 
 N_SCORED = 256              # tokens scored at each place of a table by length
-LOGITS = 2 ** 14            # tokens whose logits are held at once
+LOGITS = 2 ** 12            # tokens whose logits are held at once
 GRAM = 4                    # so many tokens in a row are a copy of what was seen before
 BOOTSTRAPS = 2000
 
@@ -86,7 +86,7 @@ def scored_loss(model, read, text, where, n_scored, length):
     """
     piece = max(n for n in range(1, n_scored + 1) if n_scored % n == 0 and n <= max(1, length // 8))
     begins = (where[:, None] + np.arange(0, n_scored, piece)).flatten()
-    at_once = max(1, min(read.contexts_at_once(model, length + piece), LOGITS // 4 // piece))
+    at_once = max(1, min(read.contexts_at_once(model, length + piece), LOGITS // piece))
     total = 0.0
     for group in np.split(begins, range(at_once, len(begins), at_once)):
         total += losses(model, read, text, group - length, length + piece - 1, piece).sum().item()
@@ -122,7 +122,7 @@ def windows(documents, length, most):
 
 def losses_by_document(model, read, documents, found, length):
     """{document: losses (windows, tokens) of the second half of its windows}."""
-    at_once = max(1, min(read.contexts_at_once(model, length), LOGITS // length))
+    at_once = max(1, min(read.contexts_at_once(model, length), LOGITS // (length - length // 2)))
     result = {}
     for document, begins in found.items():
         groups = np.split(begins, range(at_once, len(begins), at_once))

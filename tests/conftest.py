@@ -11,8 +11,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:             # as many processes as cores
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"            # before anything imports triton
 
+import train  # noqa: E402
 from helpers import TEXT_FLAGS, TINY_FLAGS, command  # noqa: E402
 from stand_in import cuda_graphs  # noqa: E402, F401
+
+
+@pytest.fixture
+def no_table(monkeypatch):
+    """Training ends without its table."""
+    monkeypatch.setattr(train, "final_table", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from model import DRT, DRTConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,6 +38,12 @@ def command(*arguments, status=0):
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stderr
     return done
+
+
+def trained(out, *flags):
+    """Train in this process; the rows of its log."""
+    train.main(["--out", str(out), *map(str, flags)])
+    return log_of(out)
 
 
 def log_of(folder):

@@ -171,9 +171,8 @@ def test_steps_as_cuda_graphs_have_the_loss_and_gradients_of_plain_steps(dtype, 
 
 
 @pytest.mark.parametrize("task", ["needles", "text"])
-def test_fast_true_and_false_train_alike(task, tmp_path, monkeypatch):
+def test_fast_true_and_false_train_alike(task, tmp_path, no_table, monkeypatch):
     """The same losses over 8 steps in float32, with every piece swapped by force where there is no GPU."""
-    monkeypatch.setattr(train, "final_table", lambda *_: None)
     monkeypatch.setattr(fast, "apply", lambda model, compile=False: fast.swap(model))
     monkeypatch.setattr(fast.loss, "LARGE_VOCABULARY", 0)
     flags = ["--preset", "cpu", "--task", task, "--steps", "8", "--batch_size", "2", "--window", "20",

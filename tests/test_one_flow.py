@@ -103,7 +103,15 @@ TWINS = {                       # of the same: what has a twin in fast/, and is 
     "one query": (fast.window, "one_query_attention", lambda f: scaled(f, 1.2)),
     "retrieve": (fast.stream, "retrieve", lambda f: lambda *x: (lambda w, i: (w.flip(-1), i))(*f(*x))),
     "landmarks": (model_module.WholeText, "insert_landmarks", lambda f: scaled(f, 1.2)),
+    "choice": (model_module, "scores_and_ranking", lambda f: lambda *x: (lambda s, r: (s, -r))(*f(*x))),
+    "few": (model_module.WholeText, "remove_landmarks", lambda f: lambda *x: flip_every_fifth(f(*x))),
 }
+
+
+def flip_every_fifth(x):
+    x = x.clone()
+    x[:, ::5] *= -1
+    return x
 
 
 @pytest.mark.parametrize("twin", TWINS)

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+import tiktoken
 
 from helpers import command, refused
 from tasks.haystack import Haystack
@@ -81,15 +82,18 @@ def test_own_splits_are_kept(tmp_path):
         assert written.decode("utf-16-le") == f"the {split} text\0"
 
 
-def test_gpt2_tokens(tmp_path, capsys):
+def test_gpt2_tokens(tmp_path, capsys, monkeypatch):
     folder = documents(tmp_path / "books", a="Hello world", b="Hello again")
     line = "text", folder, "--out", tmp_path / "out"
+    with monkeypatch.context() as without_network:
+        without_network.setattr(tiktoken, "get_encoding", lambda _: exec("raise OSError"))
+        load_tokenizer.cache_clear()
+        error = refused(capsys, prepare.main, *line)
+    assert "set TIKTOKEN_CACHE_DIR" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
     try:
         load_tokenizer("gpt2")
     except ValueError:
-        error = refused(capsys, prepare.main, *line)
-        assert "set TIKTOKEN_CACHE_DIR" in error and error.count("\n") == 1
-        assert not (tmp_path / "out").exists()
         pytest.skip("the GPT-2 tokenizer can be neither downloaded nor found: set TIKTOKEN_CACHE_DIR")
     prepare.main([*map(str, line)])
     corpus = load_corpus(tmp_path / "out")

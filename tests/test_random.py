@@ -13,7 +13,6 @@ import fast
 import fast.stream as stream
 import train
 from fast.memory import Memory
-from gca import require
 from helpers import random_tokens, tiny
 from model import DRTConfig, retrieval_scores, retrieve
 from tasks.haystack import NAME, Haystack, random_starts
@@ -21,6 +20,7 @@ from tasks.needles import NeedleConfig
 from tasks.text import window_batch
 from test_gca import assert_matches, inputs, kernel, needs_triton
 from tools import settings
+from tools.checkpoint import shapes
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import strategies as st  # noqa: E402
@@ -160,4 +160,4 @@ def test_command_lines(flags):
     except ValueError as error:
         assert any(name in str(error) for name in flags) and "\n" not in str(error)
     else:
-        require(config.n_embd % config.n_head == 0, "a model that cannot be made")
+        assert shapes(config)

@@ -138,7 +138,8 @@ def test_short_texts_as_cuda_graphs_are_read_as_ever(config, cuda_graphs, monkey
 
 def test_retrieval_in_blocks_is_model_pys_retrieval(monkeypatch):
     """Also in several pages, and with the bundles that spare sorting all scores."""
-    query, landmarks, chunk = torch.randn(2, 500, 8), torch.randn(2, 500, 8), torch.arange(500)
+    query, landmarks = torch.randint(-9, 10, (2, 2, 500, 16)).float()              # exact scores, with ties
+    chunk = torch.arange(500)
     expected = [x[:, 480:] for x in retrieve(retrieval_scores(query, landmarks, chunk, chunk), 4)]
     monkeypatch.setattr(stream, "MAX_SCORES", 40 * 100)
     monkeypatch.setattr(stream, "BUNDLE", 3)
@@ -216,6 +217,7 @@ def test_memory_mistakes(tmp_path):
     for message, mistake in (
             ("capacity of 70: it holds 50, and 50 more", lambda: fast.read(model, tokens, memory)),
             ("made for another model", lambda: fast.read(tiny(), tokens, memory)),
+            ("holds 50, and 26 more", lambda: fast.generate(model, [[1]], 15, memory=memory)),     # 11 padded
             ("tokens must be 1 sequences", lambda: fast.read(model, random_tokens(2, 5), memory)),
             ("capacity must be at least 1", lambda: Memory(model, capacity=0)),
             ("no memory file", lambda: Memory.load(tmp_path / "none", model))):
@@ -238,25 +240,29 @@ def test_memory_mistakes(tmp_path):
             Memory(model, offload=True)
 
 
-def test_cache_holds_the_chunks_that_were_asked_for():
-    """Random requests of two sequences, over two pages: the slots hold the chunks wanted."""
-    rng, cache = np.random.default_rng(0), ChunkCache()
+@pytest.mark.parametrize("n_group", [1, 2, 3])
+def test_cache_holds_the_chunks_that_were_asked_for(n_group):
+    """Random requests of two sequences, over two pages: all groups' slots hold what they want, at once."""
+    rng, cache = np.random.default_rng(0), ChunkCache(n_group)
     stored = [torch.randn(2, 90, *shape) for shape in ((3,), (2, 1, 4), (2, 1, 4))]
     pin = DEVICE.type == "cuda"
     pages = [Page([x[:, part].contiguous().pin_memory() if pin else x[:, part] for x in stored], used)
              for part, used in ((slice(0, 40), 40), (slice(40, 90), 50))]
-    for _ in range(30):
-        indices = torch.from_numpy(rng.integers(-1, rng.choice([10, 90]), (2, 3, 4))).to(DEVICE)
-        slots = cache.fetch(pages, indices)
+    for turn in range(30):
+        size = 2, 1 + turn // 3, 4                                  # a cache that was large enough is not
+        asked = [torch.from_numpy(rng.integers(-1, rng.choice([10, 90]), size)).to(DEVICE)
+                 for _ in range(n_group)]
+        served = [(indices, cache.fetch(pages, indices), cache.k, cache.v) for indices in asked]
         torch.cuda.synchronize() if pin else None
-        assert torch.equal(slots < 0, indices < 0)
-        for b in range(2):
-            mask = indices[b] >= 0
-            for cached, expected in ((cache.k, stored[1]), (cache.v, stored[2])):
-                assert torch.equal(cached[0, slots[b][mask]].cpu(), expected[b, indices[b][mask].cpu()])
+        for indices, slots, *caches in served:
+            assert torch.equal(slots < 0, indices < 0)
+            for b in range(2):
+                mask = indices[b] >= 0
+                for cached, expected in zip(caches, stored[1:], strict=True):
+                    assert torch.equal(cached[0, slots[b][mask]].cpu(), expected[b, indices[b][mask].cpu()])
     assert 0.1 < cache.hit_rate < 0.9
     misses = cache.wanted - cache.hits
-    cache.fetch(pages, indices)                                    # again: all of them are there
+    cache.fetch(pages, asked[-1])                                  # again: all of them are there
     assert cache.wanted - cache.hits == misses
 
 

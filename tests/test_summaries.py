@@ -8,7 +8,7 @@ import torch
 import eval as evaluation
 import train
 from eval import Reader
-from helpers import DEVICE, TINY_FLAGS, command, random_tokens, refused, tiny
+from helpers import DEVICE, TINY_FLAGS, random_tokens, refused, tiny
 from tasks import summaries
 from tasks.summaries import Pairs, Summaries, context_of, load_expected, mean_rouge, pack
 from tasks.text import load_corpus
@@ -326,7 +326,3 @@ def test_a_corpus_never_overwrites_where_it_comes_from(tmp_path, capsys):
     for path in (tmp_path, tmp_path / "train.jsonl"):
         error = refused(capsys, prepare.main, "summaries", path, "--out", tmp_path, "--tokenizer", "bytes")
         assert "--out" in error and (tmp_path / "val.jsonl").read_text() == before
-
-
-def test_help_names_the_new_commands():
-    assert "summarize" in command("eval.py", "--help").stdout

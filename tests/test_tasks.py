@@ -28,7 +28,7 @@ def test_byte_tokenizer():
 
 def test_stdlib_splits_share_no_file():
     corpus = load_corpus("stdlib")
-    assert len(corpus.train) > 4 * len(corpus.val) > 4e6
+    assert len(corpus.train) > 4 * len(corpus.val) > 4e5
     text, train = corpus.val.tobytes(), corpus.train.tobytes()
     samples = [text[i:i + 200] for i in range(0, len(text), len(text) // 50)]
     assert sum(sample in train for sample in samples) < len(samples) / 4       # library files copy each other
@@ -199,7 +199,7 @@ def test_scores_of_a_model_that_knows_the_answers():
 
 
 def test_show_an_example():
-    assert command("-m", "tasks.needles").stdout.count("|?") == 3
+    assert command("-m", "tasks.needles").stdout.count("|?") >= 3             # the text may have one, too
 
 
 @pytest.mark.parametrize("kind, path", [("multi", "joined"), ("multiquery", "joined"), ("multihop", "spread"),

@@ -109,9 +109,9 @@ def check_corpus(corpus, saved, path, given):
             f"than when {path} was trained: prepare it as it was, or give --data to say that this is meant")
 
 
-def check_space(out, n_parameter):
-    """ValueError where there is no room for three checkpoints: the last, the one before, and a new one."""
-    needed, folder = 3 * 12 * n_parameter, out.absolute()       # 12: a weight and AdamW's two averages
+def check_space(out, n_parameter, n_file):
+    """ValueError where there is no room for so many checkpoints more."""
+    needed, folder = n_file * 12 * n_parameter, out.absolute()  # 12: a weight and AdamW's two averages
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

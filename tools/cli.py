@@ -70,7 +70,7 @@ def folder(text):
 
 def numbers(text):
     """Numbers separated by commas, as a flag's type."""
-    values = [int(x.replace("_", "")) for x in text.split(",")]
+    values = [*map(int, text.split(","))]
     if not 1 <= min(values) <= max(values) <= 10 ** 10:
         raise ValueError
     return values

@@ -15,8 +15,8 @@ LOWER = ("to train, lower --batch_tokens, --micro_batch or the model's sizes; to
          "use --offload where there is a GPU")
 
 
-ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-          if hasattr(signal, name)]             # signals that ask a process to end
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+          signal.SIGXCPU]                       # signals that ask a process to end
 
 
 class Terminated(BaseException):
@@ -47,7 +47,7 @@ def program(main):
             except KeyboardInterrupt:
                 end(130, "interrupted", os._exit)       # at once: no waiting for threads and workers
             except Terminated as error:
-                end(128 + (error.args or [signal.SIGTERM])[0], "terminated", os._exit)
+                end(128 + error.args[0], "terminated", os._exit)
             except BrokenPipeError:                     # `| head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 sys.exit(141)
@@ -66,8 +66,8 @@ def program(main):
             except RuntimeError as error:
                 if behind(error, KeyboardInterrupt):    # it came while a lock changed hands: that fails first
                     end(130, "interrupted", os._exit)
-                if behind(error, Terminated):
-                    end(143, "terminated", os._exit)
+                if terminated := behind(error, Terminated):
+                    end(128 + terminated.args[0], "terminated", os._exit)
                 if "can't allocate memory" not in str(error):
                     raise
                 end(2, f"out of memory: {LOWER}")
@@ -80,10 +80,10 @@ def program(main):
 
 
 def behind(error, kind):
-    """Whether an error was raised while one of this kind was on its way."""
+    """The error of this kind that was on its way when this one was raised, or None."""
     while error and not isinstance(error, kind):
         error = error.__context__
-    return error is not None
+    return error
 
 
 def end(status, message, leave=sys.exit):

@@ -43,7 +43,12 @@ def split_documents(folder):
                   f"{', ..' if len(others) > 1 else ''}")
     splits = {name: [path for path in files if path.relative_to(folder).parts[0] == name]
               for name in ("train", "val", "test")}
-    if not splits["train"]:
+    if any(splits.values()):
+        require(splits["train"], f"{folder}/train must hold .txt or .md files, as val and test do")
+        n_outside = len(files) - sum(map(len, splits.values()))
+        if n_outside:
+            exits.say(f"{n_outside} left out, because they lie outside of the folders train, val and test")
+    else:
         require(len(files) >= 2,
                 f"{folder} must hold at least two .txt or .md files, a document each, got {len(files)}")
         drawn = sorted(files, key=lambda path: zlib.crc32(os.fsencode(path.relative_to(folder))))
@@ -207,8 +212,8 @@ def prepare_pairs(splits, out, tokenizer):
             references[split] = "".join(json.dumps(line) + "\n" for line in lines).encode()
     prepare(work, out, tokenizer, references=references)
     encode = load_tokenizer(tokenizer).encode
-    longest = max((pair["summary"] for rows in splits.values() for pair in rows), key=len)
-    exits.say(f"the longest summary has {len(encode(longest))} tokens (train.py --n_summary)")
+    longest = max(len(encode(pair["summary"])) for rows in splits.values() for pair in rows)
+    exits.say(f"the longest summary has {longest} tokens (train.py --n_summary)")
 
 
 # The paper's data sets (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
@@ -241,8 +246,8 @@ def prepare_dataset(name, out, tokenizer):
     def rows(split):
         try:
             for row in load_dataset(**arguments, split=split, streaming=True):
-                if wanted(row):
-                    yield wanted(row)
+                if found := wanted(row):
+                    yield found
         except Exception as error:              # of the network, in many shapes
             words = str(error).split("\n")[0] or type(error).__name__
             raise Mistake(f"{name}: the data set could not be read from the Hugging Face hub ({words}); "

@@ -50,26 +50,26 @@ class Reader:
     @torch.no_grad()
     def __call__(self, model, tokens, at):
         """Logits at the marked positions: tokens, at (B, n) -> (number, vocab_size)."""
-        if model.config.retriever == "oracle":
-            return self.with_oracle(model, tokens, at)
+        text = self.with_oracle(model, tokens) if model.config.retriever == "oracle" else None
+        use_fast = self.use_fast and not text
         with cli.autocast(self.device, self.dtype):
             self.check(model)
-            if self.use_fast and self.device.type == "cuda" and (model, tokens.shape) not in self.warm:
+            if use_fast and self.device.type == "cuda" and (model, tokens.shape) not in self.warm:
                 warm_up(model, tokens)                              # compile before the clock runs
                 self.warm.add((model, tokens.shape))
             start = time.perf_counter()
-            if self.use_fast:
+            if use_fast:
                 memory = fast.Memory(model, len(tokens), capacity=tokens.shape[1])
                 logits = fast.read(model, tokens, memory, at)
             else:
-                logits = model.head(model.hidden(tokens)[at])
+                logits = model.head(model.hidden(tokens, text)[at])
             synchronize(self.device)
         self.seconds += time.perf_counter() - start
         self.tokens += tokens.numel()
         return logits
 
-    def with_oracle(self, model, tokens, at):
-        """By the plain files: each chunk retrieves those that most of its tokens could be copied from.
+    def with_oracle(self, model, tokens):
+        """A text whose chunks retrieve those that most of their tokens could be copied from.
 
         Weights are the model's own. What a perfect choice would give, not what a model can know.
         """
@@ -83,11 +83,7 @@ class Reader:
             weights = softmax_of_filled(scores.gather(-1, indices.clamp(min=0)), indices < 0)
             return weights, indices
 
-        start = time.perf_counter()
-        with cli.autocast(self.device, self.dtype):
-            logits = model.head(model.hidden(tokens, WholeText(model, tokens.shape[1], choose))[at])
-        self.seconds, self.tokens = self.seconds + time.perf_counter() - start, self.tokens + tokens.numel()
-        return logits
+        return WholeText(model, tokens.shape[1], choose)
 
     def check(self, model):
         """ValueError if fast/ does other than the plain files; once for each model."""

@@ -6,6 +6,7 @@ goes on as if it had not stopped.
 """
 import csv
 import errno
+import fcntl
 import os
 import signal
 import sys
@@ -25,11 +26,6 @@ from gca import Mistake, require
 from model import NO_LABEL
 from tools import exits
 from tools.checkpoint import save_checkpoint
-
-try:
-    import fcntl
-except ImportError:                     # not on Windows: runs are not locked there
-    fcntl = None
 
 LINE_EVERY = 30            # seconds between lines of progress in a log file
 LOG_EVERY = 25             # steps between reading the metrics back from the GPU, which waits for it
@@ -69,8 +65,7 @@ def prepare_folder(out, resume):
 def lock(out):
     file = open(out / ".lock", "w")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:                    # any other: a file system that has no locks
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise Mistake(f"--out: another run is writing to {out}") from None
@@ -202,18 +197,19 @@ class Run:
         speed = n_token / (time.perf_counter() - self.since)
         cuda = self.ranks.device.type == "cuda"
         gpu_gib = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
-        mfu = utilization(self.ranks.device, speed / self.ranks.size * self.flops_per_token)
+        lost, mfu = 0, utilization(self.ranks.device, speed / self.ranks.size * self.flops_per_token)
         for row, numbers in zip(self.rows, values, strict=True):
             row.update(zip(names, numbers, strict=True))
             row.update(tokens_per_second=speed, mfu=mfu, gpu_gib=gpu_gib)
             self.bad = self.bad + 1 if row["skipped"] else 0
-            require(self.bad < BAD_STEPS, f"loss or gradient were not finite in {BAD_STEPS} steps in a row, "
-                    f"up to step {row['step']}; none of them changed the model: try a lower --lr")
+            lost = row["step"] if self.bad == BAD_STEPS else lost
         self.rows[-1].update(scores)
         self.show(self.rows[-1], scores)
         self.table.writerows(self.rows)
         self.file.flush()
         self.rows, self.since = [], time.perf_counter()
+        require(not lost, f"loss or gradient were not finite in {BAD_STEPS} steps in a row, up to step "
+                f"{lost}; none of them changed the model: try a lower --lr")
 
     def show(self, row, scores):
         news = [f"contexts of {row['seq_len']}, loss {row['loss']:.3f}"]

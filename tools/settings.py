@@ -69,7 +69,8 @@ def setup(TrainConfig, presets, argv):
     require(not saved or saved_config(saved["config"]) == model_config and saved["length"] in task.lengths(),
             f"{args.out}/ckpt.pt is damaged: its settings are not those of its model")
     check_first(first, args.init_from, model_config, corpus.tokenizer)
-    check_space(args.out, sum(shape.numel() for shape in shapes(model_config).values()))
+    n_parameter = sum(shape.numel() for shape in shapes(model_config).values())
+    check_space(args.out, n_parameter, 1 if saved else 3)       # the last, the one before, and a new one
 
     model = make_model(config, model_config, device, saved or first)
     n_matrix = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
@@ -170,7 +171,7 @@ def resumed(args, TrainConfig, saved):
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     had = defaults | dict(encoder_rope=saved_config(saved["config"]).encoder_rope) | saved["settings"]
     for name, value in given.items():
-        require(name in MAY_CHANGE or value == had[name],
+        require(name in MAY_CHANGE or PAPER_NAMES.get(value, value) == PAPER_NAMES.get(had[name], had[name]),
                 f"--resume: the run in {args.out} has --{name} {had[name]}, got {value}")
     chosen = had | given
     configs = TrainConfig, NeedleConfig, SummaryConfig, DRTConfig
@@ -219,8 +220,6 @@ def check_batches(config, task, n_rank, on_cpu=False):
 
 def check_memory(n_context, length, vocab_size):
     """ValueError where memory cannot hold the logits of so many contexts: the system would kill the run."""
-    if not hasattr(os, "sysconf"):                      # Windows
-        return
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
     needed = 3 * 4 * n_context * length * vocab_size / 2 ** 30          # they, their softmax and gradient
     require(needed < room, "--batch_tokens must be lower, or --micro_batch 1 be given: on a CPU, the logits "
