@@ -74,14 +74,16 @@ def check(model):
 
     Layers are written once, so an edit of theirs takes effect everywhere. An edit of what has a twin in here
     does not. Pieces are of half a window, and of one token each at the end. Where two scores are nearly
-    equal, rounding may decide which chunk is read: so a few positions may differ, in half precision more.
+    equal, rounding decides which chunk is read: so a few positions may differ. In half precision that is no
+    exception, so all chunks are read there, and an edit of the choice is not seen.
     """
     S, K, W = model.config.chunk_size, model.config.top_k, model.config.window
-    if model.config.retriever == "random":
-        n = (K + 1) * (S - 1)           # so few chunks that each retrieves all before it
-    else:
-        n = max((3 * K + 1) * (S - 1), W + S)       # so many that it chooses; more than the window holds
-    device, draw = model.embedding.weight.device, torch.Generator().manual_seed(0)
+    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    is_exact = dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    n = (K + 1) * (S - 1)               # so few chunks that each retrieves all before it, even by chance
+    if model.config.retriever != "random":
+        n = max(n, 3 * K * (S - 1) if is_exact else 0, W + S)           # more than the window holds
+    draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, n), generator=draw).to(device)
     original = copy.copy(model)                         # the same weights
     for name, _, _ in TABLE:
@@ -89,7 +91,6 @@ def check(model):
     memory = Memory(model)
     pieces = [*tokens[:, :-8].split(max(1, W // 2), dim=1), *tokens[:, -8:].split(1, dim=1)]
     wanted = original.hidden(tokens)
-    is_exact = wanted.dtype == torch.float32 and not torch.is_autocast_enabled(tokens.device.type)
     require(wanted.isfinite().all(), "the model's output is not finite: its weights are lost, or --dtype is "
             "too narrow for them")
     try:

@@ -34,7 +34,7 @@ class SummaryConfig:
 
 # ---------------------------------------------------------------- pairs and training contexts
 
-class Pairs:
+class Split:
     """The pairs of one split: where each document and summary lies in the text."""
 
     def __init__(self, text, separator):
@@ -101,7 +101,7 @@ class Summaries:
         require(self.n_summary >= 1, f"--n_summary must be at least 1, got {self.n_summary}")
         self.separator = load_tokenizer(corpus.tokenizer).separator
         self.pad, self.contexts, self.epoch = NEWLINES[corpus.tokenizer], [], 0
-        self.train, self.val = (Pairs(text, self.separator) for text in (corpus.train, corpus.val))
+        self.train, self.val = (Split(text, self.separator) for text in (corpus.train, corpus.val))
         self.expected = {split: load_expected(corpus, split) for split in corpus.references}
 
     def lengths(self):
@@ -169,7 +169,7 @@ class Summaries:
         n = n or (400 if model.embedding.weight.is_cuda else 20)
         split = self.corpus.unseen(split)
         require(split in self.expected, f"--split must be val: {self.corpus.name} has no test split")
-        pairs, expected = Pairs(getattr(self.corpus, split), self.separator), self.expected[split]
+        pairs, expected = Split(getattr(self.corpus, split), self.separator), self.expected[split]
         self.examples, rng = [], np.random.default_rng([EVALUATION, seed])
         for kind in sorted({row["kind"] for row in expected}):
             numbers = [i for i, row in enumerate(expected) if row["kind"] == kind]

@@ -10,7 +10,7 @@ import train
 from eval import Reader
 from helpers import DEVICE, TINY_FLAGS, random_tokens, refused, tiny
 from tasks import summaries
-from tasks.summaries import Pairs, Summaries, context_of, load_expected, mean_rouge, pack
+from tasks.summaries import Split, Summaries, context_of, load_expected, mean_rouge, pack
 from tasks.text import load_corpus
 from tools import packages, pairs, prepare
 
@@ -78,8 +78,8 @@ def test_docstrings_become_a_corpus(tmp_path, monkeypatch):
     prepare.main(["docstrings", "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
     corpus = load_corpus(tmp_path / "out")
     assert corpus.references.keys() == {"val", "test"}
-    assert [len(Pairs(x, 0)) for x in (corpus.test, corpus.val, corpus.train)] == [9, 7, 8]
-    val = Pairs(corpus.val, 0)
+    assert [len(Split(x, 0)) for x in (corpus.test, corpus.val, corpus.train)] == [9, 7, 8]
+    val = Split(corpus.val, 0)
     rows = [json.loads(line) for line in (tmp_path / "out/val.jsonl").read_text().splitlines()]
     assert [text(val.summary(i)) for i in range(7)] == [row["references"][0] for row in rows]
     assert text(val.document(0)).startswith("def b") and {row["kind"] for row in rows} == {"function"}
@@ -146,7 +146,7 @@ def test_one_file_is_split_by_a_hash(tmp_path):
 
 
 def test_a_context_holds_pairs_whose_separator_opens_a_chunk(corpus):
-    train_pairs = Pairs(corpus.train, 0)
+    train_pairs = Split(corpus.train, 0)
     contexts = pack(train_pairs, range(len(train_pairs)), 400, 15)
     assert [i for placed in contexts for i, *_ in placed] == [*range(150)] and len(contexts) < 100
     for placed in contexts:
@@ -162,7 +162,7 @@ def test_a_context_holds_pairs_whose_separator_opens_a_chunk(corpus):
 
 
 def test_a_long_document_is_cut(corpus):
-    long = Pairs(np.array([*b"d" * 1000, 0, *b"summary", 0]), 0)
+    long = Split(np.array([*b"d" * 1000, 0, *b"summary", 0]), 0)
     ((only,),) = pack(long, [0], 400, 15)
     tokens, labels = context_of(long, [only], 400, 10)
     assert (tokens == ord("d")).sum() == 400 - 9 - 15 and (labels >= 0).sum() == 8
@@ -269,7 +269,7 @@ def test_without_rouge_training_ends_with_the_loss(corpus, monkeypatch):
     with torch.no_grad():
         loss, n = 0.0, 0
         numbers = sorted(np.random.default_rng([3, 0]).permutation(30)[:5].tolist())
-        test = Pairs(corpus.test, 0)
+        test = Split(corpus.test, 0)
         for placed in pack(test, numbers, 400, 15):
             arrays = context_of(test, placed, 400, 10)
             tokens, labels = (torch.from_numpy(x)[None].to(DEVICE) for x in arrays)

@@ -39,7 +39,7 @@ class Reader:
 
     def prepare(self, model):
         """Swap the model's pieces for fast/'s, if they are to be used; returns what reads, in words."""
-        if not self.use_fast:
+        if not self.use_fast or model.config.retriever == "oracle":
             return f"Read by the plain files, whole contexts (by default at most {PLAIN_CHUNKS:,} chunks)."
         active = fast.describe(fast.apply(model))
         return f"Read by fast/, in segments{active and f', with {active}'}."
@@ -53,7 +53,8 @@ class Reader:
         text = self.with_oracle(model, tokens) if model.config.retriever == "oracle" else None
         use_fast = self.use_fast and not text
         with cli.autocast(self.device, self.dtype):
-            self.check(model)
+            if use_fast:
+                self.check(model)
             if use_fast and self.device.type == "cuda" and (model, tokens.shape) not in self.warm:
                 warm_up(model, tokens)                              # compile before the clock runs
                 self.warm.add((model, tokens.shape))
