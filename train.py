@@ -57,7 +57,7 @@ class TrainConfig:
 LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=512, top_k=8,
           seq_len=16380, start_len=0,                       # 260 chunks of 63
           batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
-          # These three are not in the paper: docs/pretraining.md.
+          # These are not the paper's: docs/pretraining.md.
           gumbel=False, encoder_identity=True, encoder_lr=0.1)
 PRESETS = {
     "cpu": dict(n_encoder=1, anywhere=True, gumbel=False),

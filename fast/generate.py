@@ -7,6 +7,7 @@ Inside a chunk nothing is retrieved, so on a GPU each token there is one CUDA gr
 import torch
 import torch.nn.functional as F
 
+from fast import short
 from fast.launch import own_workspaces
 from fast.memory import Memory
 from fast.stream import read, read_segment
@@ -32,15 +33,15 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     """
     pad = getattr(model, "newline", 0) if pad is None else pad
     device = model.embedding.weight.device
-    prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt]
+    prompts, stop = [torch.as_tensor(row, device=device) for row in prompt], [*stop]
     check_generation(prompts, model.config.vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad)
-    batches = as_batches(model, prompts, max_new_tokens, pad, memory, offload)
+    batches = as_batches(model, [row.long() for row in prompts], max_new_tokens, pad, memory, offload)
     return generate_batches(model, batches, max_new_tokens, (temperature, top_k, top_p), stop, pad,
                             reads_last=memory is not None)
 
 
 def check_generation(prompts, vocab_size, max_new_tokens, temperature, top_k, top_p, stop, pad):
-    require(prompts and all(row.dim() == 1 and len(row) for row in prompts),
+    require(prompts and all(row.dim() == 1 and len(row) and not row.is_floating_point() for row in prompts),
             "prompt must be (B, n) tokens, or a list of sequences, none of them empty")
     ids = torch.cat([*prompts, torch.tensor([pad, *stop], device=prompts[0].device)])
     wrong = ids[(ids < 0) | (ids >= vocab_size)].tolist()
@@ -79,7 +80,10 @@ def generate_batches(model, batches, max_new_tokens, sampling, stop, pad, reads_
 
     reads_last: each new token is read before it is yielded, also the last one, which nobody else needs read.
     """
-    device = model.embedding.weight.device
+    device, n_text = model.embedding.weight.device, model.config.chunk_size - 1
+    for _, tokens, memory in batches:
+        require((memory.length + tokens.shape[1] - 1) % n_text == 0,
+                "memory must stay as it was when generate() was called, until that begins: fork() it")
     stop, steps = torch.tensor(stop, device=device), [GraphedStep(model) for _ in batches]
     numbers = [i for batch_numbers, _, _ in batches for i in batch_numbers]
     order = torch.tensor(numbers, device=device).argsort()
@@ -93,7 +97,7 @@ def generate_batches(model, batches, max_new_tokens, sampling, stop, pad, reads_
             logits.append(step(tokens, memory) if fits else read(model, tokens, memory, "last"))
         return logits
 
-    logits = read_newest() if max_new_tokens else []
+    logits = read_newest() if max_new_tokens or reads_last else []
     for n in range(max_new_tokens):
         yielded = []
         for i, scores in enumerate(logits):
@@ -140,7 +144,7 @@ class GraphedStep:
     def fits(self, memory):
         """A GPU, full windows, and a token that does not complete its chunk: nothing changes its shape."""
         config, n_text = self.model.config, self.model.config.chunk_size - 1
-        return (memory.device.type == "cuda" and memory.window[0] is not None
+        return (memory.device.type in short.DEVICES and memory.window[0] is not None
                 and memory.window[0][0].shape[2] == config.window
                 and (not config.n_group or memory.length % n_text < n_text - 1 and memory.chunks))
 

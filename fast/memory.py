@@ -261,13 +261,21 @@ class Memory:
 
     def check(self, model, tokens, n_new=0):
         """ValueError if the model cannot read these tokens, and n_new that it writes, into this memory."""
-        device, n_more = model.embedding.weight.device, tokens.shape[1] + n_new
+        weight = model.embedding.weight
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         require(self.model is model, "memory must be this model's own; it was made for another model")
         self.check_weights()
-        require(tokens.numel(), "tokens must be at least one for each sequence, got none")
+        require(tokens.dim() == 2 and tokens.numel(),
+                f"tokens must be (B, n), at least one for each sequence, got {(*tokens.shape,)}")
         require(self.device == device, f"memory must be on the model's device {device}, got {self.device}")
         require(len(tokens) == self.batch_size,
                 f"tokens must be {self.batch_size} sequences, as the memory, got {len(tokens)}")
+        begun = self.pages[0].tensors[1].dtype if self.pages else dtype
+        require(begun == dtype, f"memory must be read on in {begun}, in which it was begun (torch.autocast "
+                f"sets that), got {dtype}")
+        n_more = tokens.shape[1] + n_new
         require(not self.capacity or self.length + n_more <= self.capacity,
                 f"tokens must fit the memory's capacity of {self.capacity}: it holds {self.length}, "
                 f"and {n_more} more were to be read")
@@ -389,7 +397,9 @@ def holds_its_length(state, config):
                   chunks=[(B, n_chunk, config.n_embd), stored, stored] if config.n_group and length else [])
 
     def shapes_of(x):
-        return tuple(x.shape) if torch.is_tensor(x) else x and [shapes_of(y) for y in x]
+        if isinstance(x, list | tuple):
+            return [shapes_of(y) for y in x]
+        return tuple(x.shape) if torch.is_tensor(x) else x
 
     return B >= 1 and length >= 0 and all(shapes_of(state[name]) == shape for name, shape in shapes.items())
 

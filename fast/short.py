@@ -16,7 +16,7 @@ from fast.memory import Memory
 from fast.stream import SORTED, read_segment
 from fast.window import WIDE, band_blocks
 
-DEVICES = ["cuda"]
+DEVICES = ["cuda"]          # where there are CUDA graphs; tests have a stand-in
 SHORT = 2 ** 23     # numbers in the residual stream; of longer texts, kernels take longer than their launches
 MOST = 16           # recordings; each keeps the memory that reading takes
 

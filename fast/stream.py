@@ -36,6 +36,8 @@ def read(model, tokens, memory, at=None, graphs=None):
     if memory and tokens do not go together; whatever goes wrong, the memory stays as it was.
     """
     memory.check(model, tokens)
+    require(at is None or isinstance(at, str) or at.dtype == torch.bool and at.shape == tokens.shape,
+            "at must be a mask of tokens' shape, of bool, 'last' or None")
     require(graphs is None or graphs.model is model, "graphs must be this model's own")
     before = memory.snapshot()
     try:
@@ -163,10 +165,12 @@ def gca_of_pages(gca, q, pages, weights, indices, softmax_one):
     if len(pages[0][0]) < B:        # an offloaded memory's cache, (1, slots, ..): chunks of all sequences
         q, weights, indices = (x.flatten(0, 1)[None] for x in (q, weights, indices))
     outputs, first = [], 0
-    for k, v, n_used in pages:
+    for i, (k, v, n_used) in enumerate(pages):
         here = indices
         if len(pages) > 1:
-            here = torch.where((indices >= first) & (indices < first + n_used), indices - first, -1)
+            is_last = i + 1 == len(pages)       # more may come: a CUDA graph (generate.py) then still holds
+            stop = first + (k.shape[1] if is_last else n_used)
+            here = torch.where((indices >= first) & (indices < stop), indices - first, -1)
         outputs.append(gca(q, k, v, weights, here, softmax_one))
         first += n_used
     return sum(outputs[1:], outputs[0]).view(B, -1, *q.shape[2:])

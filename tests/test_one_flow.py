@@ -104,6 +104,7 @@ TWINS = {                       # of the same: what has a twin in fast/, and is 
     "retrieve": (fast.stream, "retrieve", lambda f: lambda *x: (lambda w, i: (w.flip(-1), i))(*f(*x))),
     "landmarks": (model_module.WholeText, "insert_landmarks", lambda f: scaled(f, 1.2)),
     "choice": (model_module, "scores_and_ranking", lambda f: lambda *x: (lambda s, r: (s, -r))(*f(*x))),
+    "weights": (model_module, "softmax_of_filled", lambda f: lambda s, e: f(2 * s, e)),
     "few": (model_module.WholeText, "remove_landmarks", lambda f: lambda *x: flip_every_fifth(f(*x))),
 }
 

@@ -290,6 +290,50 @@ def test_generation_is_the_likeliest_continuation(config, offload):
         assert torch.equal(model(text[None])[0][0, -21:-1].argmax(-1), answer)
 
 
+@pytest.mark.parametrize("config", [
+    dict(retriever="last", top_k=1), dict(n_layer=4, n_group=2), dict(n_group=0)])
+def test_steps_as_cuda_graphs_write_as_ever(config, cuda_graphs, monkeypatch):
+    """Into a fork, too, whose page of its own gets more chunks after the graph was recorded."""
+    monkeypatch.setattr(short, "DEVICES", [DEVICE.type])
+    model, document, prompt = tiny(**config), random_tokens(1, 77), random_tokens(1, 11)
+    replayed, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph)))
+    memory = Memory(model)
+    fast.read(model, document, memory)
+    for into in (memory.fork(), memory):
+        answer = torch.stack([*fast.generate(model, prompt, 150, temperature=0, memory=into)], dim=1)
+        pad = torch.zeros(1, (1 - 77 - 11) % TEXT, dtype=torch.long, device=DEVICE)
+        text = torch.cat([document, pad, prompt, answer], dim=1)
+        assert torch.equal(model(text)[0][:, -151:-1].argmax(-1), answer) and len({*answer[0].tolist()}) > 9
+    assert len(replayed) > 250 and len({*replayed}) < 12
+
+
+def test_a_memory_stays_as_it_was_until_generation_begins():
+    model, tokens = tiny(), random_tokens(1, 50)
+    memory = Memory(model)
+    fast.read(model, tokens, memory)
+    first, second = (fast.generate(model, tokens[:, :9], 7, memory=memory) for _ in range(2))
+    assert len([*first]) == 7
+    with pytest.raises(ValueError, match="memory must stay as it was"):
+        next(second)
+    before = memory.length
+    assert [*fast.generate(model, tokens[:, :9], 0, memory=memory)] == []       # reads the prompt alone
+    assert memory.length >= before + 9
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_memory_keeps_its_precision(begun):
+    model, tokens = tiny(), random_tokens(1, 50)
+    memory = Memory(model)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=begun):
+        fast.read(model, tokens, memory)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=not begun), \
+            pytest.raises(ValueError, match="memory must be read on in torch"):
+        fast.read(model, tokens, memory)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=begun):
+        assert fast.read(model, tokens, memory, "last").isfinite().all() and memory.length == 100
+
+
 def test_stop_tokens_end_a_sequence():
     model, prompts = tiny(), random_tokens(3, 20)
     new = torch.stack(list(fast.generate(model, prompts, 30, temperature=0)), dim=1)
