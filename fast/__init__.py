@@ -9,6 +9,7 @@
     gca.py, hopper.py, launch.py    the kernels          window.py, loss.py    the table's other twins
     training.py                     steps as CUDA graphs, which tools/run.py asks for in train.py's loop
     short.py                        Graphs: short texts as CUDA graphs, which read() replays
+    offload.py                      chunks of a memory in CPU memory, and the GPU's share of them
     bench.py, speed.py              what is timed        files.py              whole files, or none
 
 Each fast piece has a test that it does what its plain twin does. A piece is swapped only where that pays.

@@ -36,8 +36,9 @@ def read(model, tokens, memory, at=None, graphs=None):
     if memory and tokens do not go together; whatever goes wrong, the memory stays as it was.
     """
     memory.check(model, tokens)
-    require(at is None or isinstance(at, str) or at.dtype == torch.bool and at.shape == tokens.shape,
-            "at must be a mask of tokens' shape, of bool, 'last' or None")
+    is_mask = torch.is_tensor(at) and at.dtype == torch.bool and at.shape == tokens.shape
+    require(is_mask or at is None or isinstance(at, str) and at == "last",
+            "at must be a bool mask of tokens' shape, 'last' or None")
     require(graphs is None or graphs.model is model, "graphs must be this model's own")
     before = memory.snapshot()
     try:
@@ -52,8 +53,7 @@ def read_segments(model, tokens, memory, at, graphs):
     segments = tokens.split(size, dim=1)
     graph = graphs.reader(tokens, memory) if graphs and len(segments) == 1 else None
     read_next = graph or partial(read_segment, model)
-    if isinstance(at, str):
-        require(at == "last", f"at must be a mask, 'last' or None, got {at!r}")
+    if isinstance(at, str):                                             # "last"
         for segment in segments:
             last = read_next(segment, memory)[:, -1]
         return model.head(last)

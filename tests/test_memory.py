@@ -106,6 +106,13 @@ def test_reading_nothing_is_said():
         fast.read(model, random_tokens(1, 0), Memory(model))
 
 
+def test_a_mask_of_another_kind_or_shape_is_refused():
+    model, tokens = tiny(), random_tokens(2, 30)
+    for at in (torch.ones_like(tokens), torch.ones_like(tokens[:, 1:], dtype=torch.bool), "first"):
+        with pytest.raises(ValueError, match="at must be a bool mask"):
+            fast.read(model, tokens, Memory(model, 2), at)
+
+
 # ---------------------------------------------------------------- random programs
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")

@@ -10,7 +10,8 @@ import fast
 import fast.short as short
 import fast.stream as stream
 from fast.generate import sample
-from fast.memory import ChunkCache, Memory, Page
+from fast.memory import Memory, Page
+from fast.offload import ChunkCache
 from fast.stream import Grid
 from helpers import DEVICE, TEXT, random_tokens, tiny
 from model import retrieval_scores, retrieve
