@@ -9,8 +9,6 @@ Of fixed size are each layer's window, the chunk being read, and what each group
 the chunks grow: landmarks, and keys and values. GCA reads the K chunks retrieved and no others, so keys and
 values can stay in CPU memory, whatever the length: K chunks travel to the GPU for each chunk that is read.
 """
-from __future__ import annotations
-
 import warnings
 import zlib
 from dataclasses import asdict

@@ -3,6 +3,8 @@
     memory.py       keeps all chunks in pinned CPU memory, in pages
     ChunkCache      the GPU's share: the chunks that were retrieved last
 """
+from __future__ import annotations
+
 from contextlib import contextmanager
 from functools import lru_cache
 
