@@ -88,6 +88,7 @@ def measure(function, leaves, backward):
     what forward and backward together take beyond the forward pass. eager_ms: all of it, called from Python.
     """
     def milliseconds(run):
+        torch.cuda.synchronize()                # it runs on a stream of its own, which waits for nothing
         return triton.testing.do_bench_cudagraph(run, return_mode="median")
 
     with torch.no_grad():

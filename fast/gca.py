@@ -4,7 +4,7 @@
                     and the longest lists start first, so that no program is left over at the end.
     shared slots    Where there are few query chunks, as in generation, several programs share one's slots.
     gaps            Heads that are slices of a larger tensor are read where they are.
-    hopper.py       On H100s and H200s, the backward pass once more, one level below Triton.
+    hopper.py       On H100s and H200s, backward, and forward for some heads, one level below Triton.
 
 docs/log.md has what each of these gave, and what was tried. Shapes are gca.py's.
 """
@@ -255,10 +255,15 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Te
     dtype = q.dtype if n_part == 1 else torch.float32
     out = torch.empty(q.shape if n_part == 1 else (n_part, *q.shape), dtype=dtype, device=q.device)
     q, k, v = (without_large_gaps(x) for x in (q, k, v))
-    launch(forward_kernel, (q.device, q.dtype, indices.dtype), (n_part * n_program,),
-           descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), aligned(weights.float()),
-           aligned(indices), descriptor(out.view(n_part * B, *q.shape[1:]), rows), scale, n_slot, n_part,
-           B, Cq, Ck, Sq, Sk, Hq, **options)
+    on_hopper = hopper and n_part == 1 and hopper.shares_keys(q, options)
+    tile, kind = hopper.descriptor if on_hopper else descriptor, (q.device, q.dtype, indices.dtype)
+    inputs = tile(q, rows), tile(k, keys), tile(v, keys), aligned(weights.float()), aligned(indices)
+    tensors = *inputs, tile(out.view(n_part * B, *q.shape[1:]), rows)
+    if on_hopper:
+        hopper.forward(kind, *tensors, scale, B, Cq, Ck, n_slot, options)
+    else:
+        launch(forward_kernel, kind, (n_part * n_program,),
+               *tensors, scale, n_slot, n_part, B, Cq, Ck, Sq, Sk, Hq, **options)
     return out if n_part == 1 else out.sum(0).to(q.dtype)
 
 

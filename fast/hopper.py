@@ -1,17 +1,19 @@
-"""FlashGCA for Hopper GPUs (H100, H200): the backward pass of fast/gca.py, one level lower.
+"""FlashGCA for Hopper GPUs (H100, H200): kernels of fast/gca.py, one level lower.
 
 Triton decides by itself when a kernel waits for a product or a tile. Gluon, the language beneath it in the
-same package, leaves that to the program. These two kernels compute what gca.py's do, which explains them. (A
-forward kernel of this kind gained 7% at best.) What is different here:
+same package, leaves that to the program. These kernels compute what gca.py's do, which explains them. What is
+different here:
 
-    waits        Products run beside arithmetic: dO V^T while the softmax is computed, the last slot's dS K
-                 while this slot's scores are. Tiles are fetched one turn ahead.
+    two heads    Forward: a program takes two query heads that share keys. A tile of keys or values is read
+                 once for both, and the products of one run beside the softmax of the other.
+    waits        Backward: dO V^T runs while the softmax is computed, the last slot's dS K while this slot's
+                 scores are. Tiles are fetched one turn ahead.
     statistics   dQ's kernel stores log-sum-exp and delta of every row and slot. The kernel of dK and dV then
                  needs no sums over keys, so it can compute scores transposed: P^T and dS^T come out in
                  registers, where the products P^T dO and dS^T Q want them.
 
-fast/gca.py calls `backward` where `fits` says so, and its own kernels everywhere else. docs/log.md lists what
-was tried.
+fast/gca.py calls `forward` where `shares_keys` says so, `backward` where `fits` does, and its own kernels
+everywhere else. docs/log.md lists what was tried.
 """
 import functools
 
@@ -44,8 +46,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 #
 # A product is issued in one place and finished in another: finish(n, ..) waits for all but the last n. Its
 # left operand may come from registers. What is in flight holds registers, and registers decide how many
-# programs share a processor. The waits below keep dQ's kernel within 128 a thread, that of dK and dV within
-# 168.
+# programs share a processor. With heads of 64, the waits below keep dQ's kernel within 128 a thread, that of
+# dK and dV within 168.
 
 @gluon.constexpr_function
 def layout(columns):
@@ -102,12 +104,12 @@ def left_operand(x, dtype: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def chunk_and_weight(Index, W, slot, n_slot):
-    """What a slot holds; -1 and 0 if it is empty, or behind the last one."""
+def chunk_and_weight(Index, W, slot, n_slot, first):
+    """The chunk in a slot, counted from `first`, and its weight; -1 and 0: empty, or behind the last one."""
     exists = slot < n_slot
     index = gl.load(Index + slot, mask=exists, other=-1).to(gl.int32)
     w = gl.where(index < 0, 0.0, gl.load(W + slot, mask=exists, other=0.0))
-    return index, w
+    return gl.where(index < 0, -1, first + index), w
 
 
 @gluon.jit
@@ -135,6 +137,54 @@ def log2(x):
 
 # ---------------------------------------------------------------- the kernels
 
+@gluon.jit(do_not_specialize=["Ck"])
+def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, GROUP: gl.constexpr,
+                   D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, ONE: gl.constexpr):
+    """Query heads h and h + 1, which share keys. Index as in gca.py: of chunks in each sequence."""
+    pid = gl.program_id(0)
+    n_block = gl.cdiv(Sq, ROWS)
+    row = pid // Cq % n_block * ROWS
+    h = pid // (Cq * n_block) % (Hq // 2) * 2
+    b = pid // (Cq * n_block * (Hq // 2))
+    c = b * Cq + pid % Cq
+    Index += c.to(gl.int64) * n_slot
+    W += c.to(gl.int64) * n_slot
+
+    q, q_ready = buffers(Q, 2), barriers(1)
+    k, v, ready = buffers(K, 2), buffers(V, 2), barriers(2)
+    mbarrier.expect(q_ready.index(0), 2 * Q.block_type.nbytes)
+    copy_in(Q, [c, row, h * D], q_ready.index(0), q.index(0))
+    copy_in(Q, [c, row, (h + 1) * D], q_ready.index(0), q.index(1))
+    chunk, w = chunk_and_weight(Index, W, 0, n_slot, b * Ck)
+    fetch(K, k, V, v, ready, 0, chunk, 0, h // GROUP, True)
+    chunk, w_next = chunk_and_weight(Index, W, 1, n_slot, b * Ck)
+    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))              # an accumulator that is not read
+    out_0 = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
+    out_1 = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
+    mbarrier.wait(q_ready.index(0), 0)
+    q_0, q_1 = q.index(0).reshape([ROWS, D]), q.index(1).reshape([ROWS, D])
+    for slot in range(n_slot):
+        k_tile, v_tile = fetched(K, k, V, v, ready, slot)
+        scores_0 = product(q_0, k_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+        scores_1 = product(q_1, k_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+        scores_0, out_0, out_1 = finish(1, [scores_0, out_0, out_1])
+        thread_barrier()
+        fetch(K, k, V, v, ready, (slot + 1) % 2, chunk, 0, h // GROUP, slot + 1 < n_slot)
+        chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, b * Ck)
+        p, total, _ = chunk_softmax(scores_0, scale, Sk, KEYS, ONE)
+        p *= (w / total)[:, None]
+        out_0 = product(left_operand(p, Q.dtype, D), v_tile, accumulator(out_0), is_async=True)
+        scores_1 = finish(1, [scores_1])
+        p, total, _ = chunk_softmax(scores_1, scale, Sk, KEYS, ONE)
+        p *= (w / total)[:, None]
+        out_1 = product(left_operand(p, Q.dtype, D), v_tile, accumulator(out_1), is_async=True)
+        w, w_next = w_next, w_after
+    out_0, out_1 = finish(0, [out_0, out_1])
+    thread_barrier()
+    store(Out, q.index(0), c, row, h, out_0)
+    store(Out, q.index(1), c, row, h + 1, out_1)
+
+
 @gluon.jit
 def backward_q_kernel(Q, K, V, DO, W, Index, DQ, Stats, scale, n_slot, Cq, Sq, Sk, Hq, GROUP: gl.constexpr,
                       D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, ONE: gl.constexpr):
@@ -157,9 +207,9 @@ def backward_q_kernel(Q, K, V, DO, W, Index, DQ, Stats, scale, n_slot, Cq, Sq, S
     q, do, q_ready = buffers(Q, 1), buffers(DO, 1), barriers(1)
     k, v, ready = buffers(K, 2), buffers(V, 2), barriers(2)
     fetch(Q, q, DO, do, q_ready, 0, c, block * ROWS, h, True)
-    chunk, w = chunk_and_weight(Index, W, 0, n_slot)
+    chunk, w = chunk_and_weight(Index, W, 0, n_slot, 0)
     fetch(K, k, V, v, ready, 0, chunk, 0, h // GROUP, True)
-    chunk, w_next = chunk_and_weight(Index, W, 1, n_slot)
+    chunk, w_next = chunk_and_weight(Index, W, 1, n_slot, 0)
     none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))              # an accumulator that is not read
     dq = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
     q_tile, do_tile = fetched(Q, q, DO, do, q_ready, 0)
@@ -170,7 +220,7 @@ def backward_q_kernel(Q, K, V, DO, W, Index, DQ, Stats, scale, n_slot, Cq, Sq, S
         dp = product(do_tile, v_tile.permute((1, 0)), none, use_acc=False, is_async=True)
         thread_barrier()
         fetch(K, k, V, v, ready, (slot + 1) % 2, chunk, 0, h // GROUP, slot + 1 < n_slot)
-        chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot)
+        chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, 0)
         p, total, peak = chunk_softmax(scores, scale, Sk, KEYS, ONE)
         inverse = 1.0 / total
         dp = finish(0, [dp])
@@ -273,9 +323,14 @@ def fetch_stats(Stats, stats, i, pair, n_stat, row):
 # ---------------------------------------------------------------- the host's side
 
 def fits(q, options):
-    """Whether the kernels take this: 33 to 64 rows and keys a chunk, heads of at most 64, 16-bit numbers."""
+    """Whether the kernels take this: 33 to 64 rows and keys a chunk, heads of at most 128, 16-bit numbers."""
     return (is_hopper() and q.element_size() == 2
-            and options["ROWS"] == options["KEYS"] == 64 and options["D"] <= 64)
+            and options["ROWS"] == options["KEYS"] == 64 and options["D"] <= 128)
+
+
+def shares_keys(q, options):
+    """Whether the forward kernel takes this: heads of 128, an even number of which shares keys."""
+    return fits(q, options) and options["D"] == 128 and options["GROUP"] % 2 == 0
 
 
 @functools.cache
@@ -292,6 +347,15 @@ def shared_layout(D, element_size):
 def descriptor(x, rows):
     """fast/launch.py's, which here names the layout in shared memory."""
     return plain_descriptor(x, rows, shared_layout(x.shape[4], x.element_size()))
+
+
+def forward(kind, q, k, v, w, indices, out, scale, B, Cq, Ck, n_slot, options):
+    """Fill out; q, k, v and out are descriptors."""
+    (_, Sq, width), Sk = q.shape, k.shape[1]
+    tiles = {name: options[name] for name in ("GROUP", "D", "ROWS", "KEYS", "ONE")}
+    Hq, n_block = width // options["D"], -(-Sq // options["ROWS"])
+    launch(forward_kernel, kind, (B * Cq * n_block * (Hq // 2),),
+           q, k, v, w, indices, out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, **tiles, num_warps=4)
 
 
 def backward(kind, q, k, v, do, w, numbers, dq, sums, lists, scale, SEGMENT, B, Cq, Ck, n_slot, options):

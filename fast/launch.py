@@ -81,11 +81,9 @@ def checked_descriptor(shape, stride, dtype, rows, layout):
 
 @contextmanager
 def own_workspaces():
-    """Around a recording: cuBLAS takes memory from this graph for its workspace, not from another one.
+    """Around a recording: cuBLAS takes its workspace from this graph's memory, not from another's.
 
-    Graphs are recorded on one stream, whose workspace cuBLAS keeps. By torch's source it would lie in the
-    memory of the first graph, and be lost with it (nobody has seen that yet). For graphs that are given up
-    one by one.
+    For graphs that are given up one by one: by torch's source it would be lost with the first of them.
     """
     forget = torch._C._cuda_clearCublasWorkspaces if torch.cuda.is_available() else lambda: None
     forget()
