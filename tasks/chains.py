@@ -4,18 +4,19 @@
     multivalue    |a:b| .. |a:c|    ?a      :b:c    both values of a name; the first token of one is given
     multiquery    |a:b| .. |d:c|    ?a?d    :b:c    the values of two names
 
-A question ends a chunk, as in haystack.py. Its answer opens the next chunk, and the second part of a chain's
-path may open one more (`--path spread`; // is the border of a chunk):
+A question ends a chunk, as in haystack.py. Its answer opens the next chunk, or, of a chain, the one after (//
+is the border of a chunk):
 
-    ..  None|?aaaa // :bbbb:cccc .. //                      joined
-    ..  None|?aaaa // :bbbb .assert // :cccc (x, y) ..      spread: the landmark between has read b
-    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        late: b is not written before c is asked for
+    ..  None|?aaaa // :bbbb:cccc ..                         two values
+    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        a chain: b is not written before c is asked for
+
+So a chain takes two retrievals. The question's landmark retrieves |a:b| for the chunk of text between. That
+chunk's landmark, which has read b in the layers of this group, retrieves |b:c| with those of the next group.
 """
 import numpy as np
 
 from tasks.haystack import ALPHABETS, places, random_names, write
 
-PATHS = "joined", "spread", "late"
 PAIRS = "multihop", "multivalue", "multiquery"
 
 
@@ -24,14 +25,13 @@ class Pairs:
 
     n_hop = 2
 
-    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False, path="joined",
-                 kind="multihop"):
+    def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False, kind="multihop"):
         self.n_text, self.n_value, self.alphabet, self.kind = n_text, n_value, alphabet, kind
         self.n_name = 2 * n_value + 1 if kind == "multiquery" else n_value      # of what a question names
         self.needle_length = 2 * n_value + 3                            # |a:b|, where both are names
-        first = n_text if path == "late" else 0     # where the parts begin: tokens after the question's end
-        self.parts = first, n_text if path == "spread" else first + n_value + 1
-        self.chunks_per_question = 3 if path == "late" else 2
+        first = n_text if kind == "multihop" else 0     # where the parts begin: tokens after the question
+        self.parts = first, first + n_value + 1
+        self.chunks_per_question = 3 if kind == "multihop" else 2
         self.least_length = 3 * n_text + 1 + self.parts[1] + n_value    # of a context with one question
         self.answer_offsets = np.concatenate([part + np.arange(n_value) for part in self.parts])
         if kind == "multivalue":                    # which value comes first is anybody's guess

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from gca import require
 from model import NO_LABEL
 from tasks import EVALUATION, TRAINING, VALIDATION
-from tasks.chains import PAIRS, PATHS, Pairs
+from tasks.chains import PAIRS, Pairs
 from tasks.haystack import ALPHABETS, Haystack
 from tasks.text import stdlib_corpus
 
@@ -28,7 +28,6 @@ class NeedleConfig:
     n_needle: int = 3               # in a context, or as many as fit; as many questions (or so many pairs)
     n_value: int = 6                # tokens in a needle's value (of pairs: in each name, too)
     anywhere: bool = False          # True: needles lie across chunk borders, too; False: inside one chunk
-    path: str = "joined"            # multihop's answer: in one chunk; spread: over two; late: a chunk later
     grow_at: float = 0.75           # share of whole answers that are right, at which the context doubles
     lm_weight: float = 0.3          # of the language-model loss, beside the answers'
 
@@ -43,13 +42,11 @@ class Needles:
     def __init__(self, settings, corpus):
         """settings: those of a run, by name: NeedleConfig's, chunk_size, seed and seq_len among them."""
         self.settings, self.corpus = settings, corpus
-        kind, path, n_value = settings["needle"], settings["path"], settings["n_value"]
+        kind, n_value = settings["needle"], settings["n_value"]
         require(kind in KINDS, f"needle must be one of {', '.join(KINDS)}, got {kind!r}")
-        require(path in PATHS, f"path must be one of {', '.join(PATHS)}, got {path!r}")
         alphabet = ALPHABETS[corpus.tokenizer]
         given = settings["chunk_size"] - 1, n_value, alphabet, settings["anywhere"]
-        path = path if kind == "multihop" else "joined"
-        self.haystack = Pairs(*given, path, kind) if kind in PAIRS else Haystack(*given)
+        self.haystack = Pairs(*given, kind) if kind in PAIRS else Haystack(*given)
         self.n_needle = 1 if kind == "single" else settings["n_needle"]
         require(self.n_needle >= 1, f"n_needle must be at least 1, got {self.n_needle}")
         fewest, most = (2 if kind in PAIRS else 1), len(alphabet.values)
@@ -123,8 +120,8 @@ class Needles:
         """Accuracy of the answers by context length, a row each; read: tools/reader.py's.
 
         Every token of an answer is predicted greedily from the true tokens before it. With one hop, all of
-        them are right exactly when greedy generation would write the answer. Of a path, the second colon and
-        the text between its parts are given. `repeats`: how often the context repeats the haystack's text.
+        them are right exactly when greedy generation would write the answer. The colon between two values is
+        given. `repeats`: how often the context repeats the haystack's text.
         A model that answers with any needle's value gets one answer in `needles` right.
 
         n_needles: numbers of needles in a context, a table for each. write: generate the answers, too, each

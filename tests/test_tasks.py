@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from helpers import DEVICE, command, tiny
 from model import DRT, DRTConfig, cross_entropy
-from tasks.chains import PAIRS, Pairs
+from tasks.chains import Pairs
 from tasks.haystack import ALPHABETS, Haystack
 from tasks.needles import NeedleConfig, Needles
 from tasks.text import Text, encode_bytes, load_corpus, window_batch
@@ -98,12 +98,11 @@ def test_needles_and_questions_are_where_they_should_be(anywhere, length, chunk_
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-@pytest.mark.parametrize("path", ["joined", "spread", "late"])
 @pytest.mark.parametrize("anywhere", [False, True])
-def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, anywhere):
-    """Needles |a:b| and |b:c|; then |?a ends a chunk, :b opens a later one, :c follows or opens one more."""
+def test_chains_lead_from_the_question_to_its_answer(tokenizer, anywhere):
+    """Needles |a:b| and |b:c|; then |?a ends a chunk, and :b:c opens the one after the next."""
     text, S, alphabet = np.full(5000, 7), 15, ALPHABETS[tokenizer]
-    chains = Pairs(S, 6, alphabet, anywhere, path)
+    chains = Pairs(S, 6, alphabet, anywhere)
     tokens, labels, answer_at = chains.batch(text, np.random.default_rng(0), 9, 400, 5)
     assert answer_at.shape == (9, 5 * 12)
     answer_at = answer_at.reshape(9, 5, 2, 6)
@@ -115,9 +114,9 @@ def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, anywhere):
             first, second = ("".join(chr(label[i]) for i in part) for part in parts)
             at = int(parts[0, 0])
             starts.add(at)
-            assert at % S == 0 and parts[1, 0] == at + (S if path == "spread" else 7)
+            assert at % S == 0 and parts[1, 0] == at + 7
             assert row[at] == row[parts[1, 0]] == alphabet.colon
-            border = at - (S if path == "late" else 0)
+            border = at - S
             assert context[border - 8:border - 6] == bar + ask
             name = context[border - 6:border]
             for a, b in ((name, first), (first, second)):
@@ -126,12 +125,12 @@ def test_chains_lead_from_the_question_to_its_answer(tokenizer, path, anywhere):
                 assert context.count(f"{bar}{ask}{name}") == 1
                 assert anywhere or place // S == (place + 14) // S
         assert len(starts) == 5
-    room = dict(joined=6, spread=6, late=5)[path]
-    assert chains.questions_in(400, 99) == room and chains.questions_in(59, 99) == (path == "joined")
-    assert chains.batch(text, np.random.default_rng(0), 1, 400, 99)[2].shape == (1, 12 * room)
+    assert chains.questions_in(400, 99) == 5 and chains.questions_in(74, 99) == 1
+    assert chains.questions_in(73, 99) == 0 and chains.least_length == 74
+    assert chains.batch(text, np.random.default_rng(0), 1, 400, 99)[2].shape == (1, 12 * 5)
 
 
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", ["multivalue", "multiquery"])
 def test_pairs_of_needles_and_what_is_asked_for(kind):
     """The second needle's name; a question with one name or two; the first token of two values is given."""
     few = ALPHABETS["bytes"]._replace(values=np.arange(128, 132))       # so that values often begin alike
@@ -145,7 +144,7 @@ def test_pairs_of_needles_and_what_is_asked_for(kind):
         for parts in at:
             b, c = ("".join(chr(label[i]) for i in part) for part in parts)
             asked = context[:parts[0, 0]].rpartition("|?")[2].split("?")
-            names = dict(multihop=[asked[0], b], multivalue=asked * 2, multiquery=asked)[kind]
+            names = asked * 2 if kind == "multivalue" else asked
             first, second = (context.index(f"|{a}:{x}|") for a, x in zip(names, (b, c), strict=True))
             assert kind != "multivalue" or b[0] != c[0]         # which one is meant can be known
             assert first != second and all(len(name) == 3 for name in names) and parts[0, 0] % 15 == 0
@@ -202,12 +201,11 @@ def test_show_an_example():
     assert command("-m", "tasks.needles").stdout.count("|?") >= 3             # the text may have one, too
 
 
-@pytest.mark.parametrize("kind, path", [("multi", "joined"), ("multiquery", "joined"), ("multihop", "spread"),
-                                        ("multihop", "late")])
+@pytest.mark.parametrize("kind", ["multi", "multiquery", "multihop"])
 @torch.no_grad()
-def test_answers_are_written_from_the_tokens_that_the_model_wrote(kind, path):
-    """Against forward, a token at a time; the second colon of a path and the text between are given."""
-    task = Needles(settings(needle=kind, path=path, n_value=3), load_corpus("stdlib"))
+def test_answers_are_written_from_the_tokens_that_the_model_wrote(kind):
+    """Against forward, a token at a time; the colon between two values is given."""
+    task = Needles(settings(needle=kind, n_value=3), load_corpus("stdlib"))
     model, offsets = tiny(), task.haystack.answer_offsets
     tokens, _, answer_at = task.haystack.batch(task.corpus.val, np.random.default_rng(0), 2, 200, 2)
     tokens, firsts = torch.from_numpy(tokens).to(DEVICE), answer_at[0].reshape(2, -1)[:, 0]

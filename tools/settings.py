@@ -17,7 +17,6 @@ from fast.files import saved_config
 from gca import require
 from model import DRT, RETRIEVERS, DRTConfig
 from tasks import PAPER_NAMES, TASKS, task_class
-from tasks.chains import PATHS
 from tasks.needles import KINDS, NeedleConfig
 from tasks.summaries import SummaryConfig
 from tasks.text import load_corpus, load_tokenizer
@@ -25,8 +24,7 @@ from tools import cli, exits
 from tools.checkpoint import RUN_PARTS, check_first, check_space, load_checkpoint, load_run, shapes
 from tools.run import Ranks, Run, flops_per_token, lock, prepare_folder
 
-CHOICES = dict(task=[*TASKS, *PAPER_NAMES], needle=KINDS, path=PATHS, retriever=RETRIEVERS,
-               dtype=["auto", *cli.DTYPES])
+CHOICES = dict(task=[*TASKS, *PAPER_NAMES], needle=KINDS, retriever=RETRIEVERS, dtype=["auto", *cli.DTYPES])
 RUN_FLAGS = "seed fast compile dtype validate_every checkpoint_every".split()
 TASK_FLAGS = "task data".split()
 MAY_CHANGE = "steps checkpoint_every micro_batch fast data".split()     # when a run resumes
