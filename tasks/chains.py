@@ -10,8 +10,8 @@ is the border of a chunk):
     ..  None|?aaaa // :bbbb:cccc ..                         two values
     ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        a chain: b is not written before c is asked for
 
-So a chain takes two retrievals. The question's landmark retrieves |a:b| for the chunk of text between. That
-chunk's landmark, which has read b in the layers of this group, retrieves |b:c| with those of the next group.
+So a chain takes two retrievals. The question's landmark retrieves |a:b|, and in the first group of layers the
+chunk of text between attends to it. Its own landmark then knows b, and retrieves |b:c| for the second group.
 """
 import numpy as np
 
