@@ -11,7 +11,7 @@ import train
 from fast import bench
 from gca import triton
 from helpers import ROOT, command
-from tools import prepare, profile
+from tools import prepare, profiler
 from tools.settings import default_settings
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,7 +67,7 @@ def commands():
 
 
 PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "tools.prepare": prepare.main,
-            "fast.bench": bench.main, "tools.profile": profile.main}
+            "fast.bench": bench.main, "tools.profiler": profiler.main}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def known():
     for name, commands in {"train.py": [()], "eval.py": [(x,) for x in evaluation.COMMANDS],
                            "tools.prepare": [(x,) for x in ("text", "packages", "docstrings", "summaries",
                                                             *prepare.DATASETS)],
-                           "fast.bench": [()], "tools.profile": [()]}.items():
+                           "fast.bench": [()], "tools.profiler": [()]}.items():
         for parts in commands:
             with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
                 PROGRAMS[name]([*parts, "--help"])

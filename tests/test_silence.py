@@ -325,9 +325,10 @@ print(gca(q, k, k, torch.rand(1, 2, 1), torch.tensor([[[0], [2]]])).shape)
     assert "[1, 2, 4, 2, 16]" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("safe_path", ["", "1"])
 @pytest.mark.parametrize("program", ["train.py", "eval.py", "tools/prepare.py"])
-def test_programs_start_from_anywhere_and_with_a_safe_path(program, tmp_path):
-    env = dict(os.environ, PYTHONSAFEPATH="1")
+def test_programs_start_from_anywhere_and_with_a_safe_path(program, safe_path, tmp_path):
+    env = dict(os.environ, PYTHONSAFEPATH=safe_path)
     line = [sys.executable, str(ROOT / program), "--help"]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr

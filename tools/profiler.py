@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: `python -m tools.profile --preset pg19`.
+"""Where the time of a training step goes: `python -m tools.profiler --preset pg19`.
 
 One micro-batch of random tokens forward and backward, as train.py runs it, and a step of the optimizer.
 Kernels are sorted by their names, matrix products by their shapes.
@@ -96,7 +96,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     require(args.kernels >= 0, f"--kernels must be at least 0, got {args.kernels}")
     shape, config = settings(args)
-    require(torch.cuda.is_available(), "tools.profile needs a GPU")
+    require(torch.cuda.is_available(), "tools.profiler needs a GPU")
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = fast.apply(DRT(shape).to(device), compile=config.compile)
