@@ -255,7 +255,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Te
     dtype = q.dtype if n_part == 1 else torch.float32
     out = torch.empty(q.shape if n_part == 1 else (n_part, *q.shape), dtype=dtype, device=q.device)
     q, k, v = (without_large_gaps(x) for x in (q, k, v))
-    on_hopper = hopper and n_part == 1 and hopper.shares_keys(q, options)
+    on_hopper = hopper and n_part == 1 and hopper.forward_fits(q, options)
     tile, kind = hopper.descriptor if on_hopper else descriptor, (q.device, q.dtype, indices.dtype)
     inputs = tile(q, rows), tile(k, keys), tile(v, keys), aligned(weights.float()), aligned(indices)
     tensors = *inputs, tile(out.view(n_part * B, *q.shape[1:]), rows)
@@ -312,7 +312,7 @@ def backward_of_heads(do, q, k, v, dq, dk, dv, w, numbers, lists, softmax_one, s
     rows, keys = options["ROWS"], options["KEYS"]
     (B, Cq, Sq, Hq, D), (_, Ck, Sk, Hkv, _), n_slot = q.shape, k.shape, w.shape[2]
     n_block, n_piece = -(-Sq // rows), lists[-1].shape[1] - Ck
-    on_hopper = hopper and hopper.fits(q, options)
+    on_hopper = hopper and hopper.backward_fits(q, options)
     tile, kind = hopper.descriptor if on_hopper else descriptor, (q.device, q.dtype)
     pieces = torch.empty(2, B, max(1, n_piece), Sk, Hkv, D, dtype=torch.float32, device=q.device)
     inputs = tile(q, rows), tile(k, keys), tile(v, keys), tile(do, rows), w

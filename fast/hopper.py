@@ -4,16 +4,16 @@ Triton decides by itself when a kernel waits for a product or a tile. Gluon, the
 same package, leaves that to the program. These kernels compute what gca.py's do, which explains them. What is
 different here:
 
-    two heads    Forward: a program takes two query heads that share keys. A tile of keys or values is read
-                 once for both, and the products of one run beside the softmax of the other.
+    two heads    Forward, heads of 128: a program takes two query heads that share keys. A tile of keys or
+                 values is read once for both, and the products of one run beside the softmax of the other.
     waits        Backward: dO V^T runs while the softmax is computed, the last slot's dS K while this slot's
                  scores are. Tiles are fetched one turn ahead.
     statistics   dQ's kernel stores log-sum-exp and delta of every row and slot. The kernel of dK and dV then
                  needs no sums over keys, so it can compute scores transposed: P^T and dS^T come out in
                  registers, where the products P^T dO and dS^T Q want them.
 
-fast/gca.py calls `forward` where `shares_keys` says so, `backward` where `fits` does, and its own kernels
-everywhere else. docs/log.md lists what was tried.
+fast/gca.py calls `forward` where `forward_fits` says so and no query's slots are split among programs,
+`backward` where `backward_fits` does, and its own kernels elsewhere. docs/log.md lists what was tried.
 """
 import functools
 
@@ -105,7 +105,7 @@ def left_operand(x, dtype: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def chunk_and_weight(Index, W, slot, n_slot, first):
-    """The chunk in a slot, counted from `first`, and its weight; -1 and 0: empty, or behind the last one."""
+    """A slot's chunk, as first + its index, and its weight; -1 and 0 of an empty slot, or behind the last."""
     exists = slot < n_slot
     index = gl.load(Index + slot, mask=exists, other=-1).to(gl.int32)
     w = gl.where(index < 0, 0.0, gl.load(W + slot, mask=exists, other=0.0))
@@ -140,7 +140,7 @@ def log2(x):
 @gluon.jit(do_not_specialize=["Ck"])
 def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, GROUP: gl.constexpr,
                    D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, ONE: gl.constexpr):
-    """Query heads h and h + 1, which share keys. Index as in gca.py: of chunks in each sequence."""
+    """Query heads h and h + 1, which share keys. Index counts in each sequence, as fast/gca.py's does."""
     pid = gl.program_id(0)
     n_block = gl.cdiv(Sq, ROWS)
     row = pid // Cq % n_block * ROWS
@@ -157,31 +157,31 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, GR
     copy_in(Q, [c, row, (h + 1) * D], q_ready.index(0), q.index(1))
     chunk, w = chunk_and_weight(Index, W, 0, n_slot, b * Ck)
     fetch(K, k, V, v, ready, 0, chunk, 0, h // GROUP, True)
-    chunk, w_next = chunk_and_weight(Index, W, 1, n_slot, b * Ck)
-    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))              # an accumulator that is not read
+    next_chunk, next_w = chunk_and_weight(Index, W, 1, n_slot, b * Ck)
+    unread = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))            # use_acc=False does not read it
     out_0 = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
     out_1 = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
     mbarrier.wait(q_ready.index(0), 0)
     q_0, q_1 = q.index(0).reshape([ROWS, D]), q.index(1).reshape([ROWS, D])
     for slot in range(n_slot):
         k_tile, v_tile = fetched(K, k, V, v, ready, slot)
-        scores_0 = product(q_0, k_tile.permute((1, 0)), none, use_acc=False, is_async=True)
-        scores_1 = product(q_1, k_tile.permute((1, 0)), none, use_acc=False, is_async=True)
-        scores_0, out_0, out_1 = finish(1, [scores_0, out_0, out_1])
+        scores_0 = product(q_0, k_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
+        scores_1 = product(q_1, k_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
+        scores_0, out_0, out_1 = finish(1, [scores_0, out_0, out_1])     # scores_1 beside head 0's softmax
         thread_barrier()
-        fetch(K, k, V, v, ready, (slot + 1) % 2, chunk, 0, h // GROUP, slot + 1 < n_slot)
-        chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, b * Ck)
+        fetch(K, k, V, v, ready, (slot + 1) % 2, next_chunk, 0, h // GROUP, slot + 1 < n_slot)
+        next_chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, b * Ck)      # loads take a while
         p, total, _ = chunk_softmax(scores_0, scale, Sk, KEYS, ONE)
         p *= (w / total)[:, None]
         out_0 = product(left_operand(p, Q.dtype, D), v_tile, accumulator(out_0), is_async=True)
-        scores_1 = finish(1, [scores_1])
+        scores_1 = finish(1, [scores_1])                                 # out_0 beside head 1's softmax
         p, total, _ = chunk_softmax(scores_1, scale, Sk, KEYS, ONE)
         p *= (w / total)[:, None]
         out_1 = product(left_operand(p, Q.dtype, D), v_tile, accumulator(out_1), is_async=True)
-        w, w_next = w_next, w_after
+        w, next_w = next_w, w_after
     out_0, out_1 = finish(0, [out_0, out_1])
     thread_barrier()
-    store(Out, q.index(0), c, row, h, out_0)
+    store(Out, q.index(0), c, row, h, out_0)                # q is not needed any more, its memory is
     store(Out, q.index(1), c, row, h + 1, out_1)
 
 
@@ -209,18 +209,18 @@ def backward_q_kernel(Q, K, V, DO, W, Index, DQ, Stats, scale, n_slot, Cq, Sq, S
     fetch(Q, q, DO, do, q_ready, 0, c, block * ROWS, h, True)
     chunk, w = chunk_and_weight(Index, W, 0, n_slot, 0)
     fetch(K, k, V, v, ready, 0, chunk, 0, h // GROUP, True)
-    chunk, w_next = chunk_and_weight(Index, W, 1, n_slot, 0)
-    none = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))              # an accumulator that is not read
+    next_chunk, next_w = chunk_and_weight(Index, W, 1, n_slot, 0)
+    unread = gl.zeros((ROWS, KEYS), gl.float32, layout(KEYS))            # use_acc=False does not read it
     dq = accumulator(gl.zeros((ROWS, D), gl.float32, layout(D)))
     q_tile, do_tile = fetched(Q, q, DO, do, q_ready, 0)
     for slot in range(n_slot):
         k_tile, v_tile = fetched(K, k, V, v, ready, slot)
-        scores = product(q_tile, k_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+        scores = product(q_tile, k_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
         scores, dq = finish(0, [scores, dq])
-        dp = product(do_tile, v_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+        dp = product(do_tile, v_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
         thread_barrier()
-        fetch(K, k, V, v, ready, (slot + 1) % 2, chunk, 0, h // GROUP, slot + 1 < n_slot)
-        chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, 0)
+        fetch(K, k, V, v, ready, (slot + 1) % 2, next_chunk, 0, h // GROUP, slot + 1 < n_slot)
+        next_chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, 0)
         p, total, peak = chunk_softmax(scores, scale, Sk, KEYS, ONE)
         inverse = 1.0 / total
         dp = finish(0, [dp])
@@ -230,7 +230,7 @@ def backward_q_kernel(Q, K, V, DO, W, Index, DQ, Stats, scale, n_slot, Cq, Sq, S
         Stats += 2 * n_stat
         ds = p * ((dp - delta[:, None]) * (w * inverse)[:, None])
         dq = product(left_operand(ds, Q.dtype, D), k_tile, accumulator(dq), is_async=True)
-        w, w_next = w_next, w_after
+        w, next_w = next_w, w_after
     dq = finish(0, [dq])
     thread_barrier()
     store(DQ, q.index(0), c, block * ROWS, h, dq * scale)
@@ -272,16 +272,16 @@ def backward_kv_kernel(Q, K, V, DO, W, DK, DV, PieceK, PieceV, Stats, Pairs, Off
         fetch(Q, q, DO, do, ready, 0, b * Cq + pair // SLOTS, 0, h * GROUP, start < stop)
         fetch_stats(both, stats, 0, pair, n_stat, h * GROUP * BLOCKS * ROWS)
         pair = gl.load(Pairs + start + 1 // TILES, mask=start + 1 // TILES < stop, other=0)   # of turn 1
-        none = gl.zeros((KEYS, ROWS), gl.float32, layout(ROWS))         # an accumulator that is not read
+        unread = gl.zeros((KEYS, ROWS), gl.float32, layout(ROWS))       # use_acc=False does not read it
         dk = accumulator(gl.zeros((KEYS, D), gl.float32, layout(D)))
         dv = accumulator(gl.zeros((KEYS, D), gl.float32, layout(D)))
         k_tile, v_tile = fetched(K, k, V, v, k_ready, 0)
         for turn in range((stop - start) * TILES):
             q_tile, do_tile = fetched(Q, q, DO, do, ready, turn)
-            scores = product(k_tile, q_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+            scores = product(k_tile, q_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
             async_copy.wait_group(0)                                    # for stats
             scores, dv, dk = finish(0, [scores, dv, dk])
-            dp = product(v_tile, do_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+            dp = product(v_tile, do_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
             thread_barrier()
             w_now = w
             w = gl.load(W + pair)
@@ -322,15 +322,15 @@ def fetch_stats(Stats, stats, i, pair, n_stat, row):
 
 # ---------------------------------------------------------------- the host's side
 
-def fits(q, options):
-    """Whether the kernels take this: 33 to 64 rows and keys a chunk, heads of at most 128, 16-bit numbers."""
+def backward_fits(q, options):
+    """Whether it takes this: 33 to 64 keys a chunk, 33 rows or more, heads of at most 128, 16-bit numbers."""
     return (is_hopper() and q.element_size() == 2
             and options["ROWS"] == options["KEYS"] == 64 and options["D"] <= 128)
 
 
-def shares_keys(q, options):
-    """Whether the forward kernel takes this: heads of 128, an even number of which shares keys."""
-    return fits(q, options) and options["D"] == 128 and options["GROUP"] % 2 == 0
+def forward_fits(q, options):
+    """Whether it takes this: as backward, and heads of 128, of which an even number reads each key head."""
+    return backward_fits(q, options) and options["D"] == 128 and options["GROUP"] % 2 == 0
 
 
 @functools.cache
