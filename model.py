@@ -306,7 +306,7 @@ class WholeText:
         return torch.cat([x, landmark], dim=2).flatten(1, 2)[:, :self.T + self.T // (self.S - 1)]
 
     def attend(self, i):
-        """For layer i: attention of q (B, H, N, D) to k, v (B, Hkv, N, D) in the sliding window."""
+        """For layer i (here all are alike): q (B, H, N, D) attends to k, v (B, Hkv, N, D) in the window."""
         function, window, slopes = self.model.window_attention, self.model.config.window, self.model.slopes
         return lambda q, k, v: function(q, k, v, window, slopes)
 

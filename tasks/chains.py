@@ -8,10 +8,12 @@ A question ends a chunk, as in haystack.py. Its answer opens the next chunk, or,
 is the border of a chunk):
 
     ..  None|?aaaa // :bbbb:cccc ..                         two values
-    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        a chain: b is not written before c is asked for
+    ..  None|?aaaa // .assert(x, y) // :bbbb:cccc ..        a chain
 
-So a chain takes two retrievals. The question's landmark retrieves |a:b|, and in the first group of layers the
-chunk of text between attends to it. Its own landmark then knows b, and retrieves |b:c| for the second group.
+What the answer's chunk reads was chosen by the landmark before it, and the question says a, not b. So a chain
+takes two retrievals, of two groups of upper layers. The question's landmark retrieves |a:b|, and in the first
+group the chunk of text between reads it, landmark included. So this landmark knows b when the second group
+retrieves: |b:c|, from which the answer's chunk writes both.
 """
 import numpy as np
 
@@ -23,36 +25,36 @@ PAIRS = "multihop", "multivalue", "multiquery"
 class Pairs:
     """Contexts with pairs of needles, and a question for each pair; methods as Haystack's."""
 
-    n_hop = 2
+    needles_per_answer = 2
 
     def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False, kind="multihop"):
         self.n_text, self.n_value, self.alphabet, self.kind = n_text, n_value, alphabet, kind
         self.n_name = 2 * n_value + 1 if kind == "multiquery" else n_value      # of what a question names
         self.needle_length = 2 * n_value + 3                            # |a:b|, where both are names
-        first = n_text if kind == "multihop" else 0     # where the parts begin: tokens after the question
-        self.parts = first, first + n_value + 1
+        first = n_text if kind == "multihop" else 0
+        self.colons = first, first + n_value + 1        # where :b and :c begin: tokens after the question
         self.chunks_per_question = 3 if kind == "multihop" else 2
-        self.least_length = 3 * n_text + 1 + self.parts[1] + n_value    # of a context with one question
-        self.answer_offsets = np.concatenate([part + np.arange(n_value) for part in self.parts])
+        self.least_length = 3 * n_text + 1 + self.colons[1] + n_value   # of a context with one question
+        self.answer_offsets = np.concatenate([colon + np.arange(n_value) for colon in self.colons])
         if kind == "multivalue":                    # which value comes first is anybody's guess
             self.answer_offsets = self.answer_offsets[1:]
         self.anywhere = anywhere
 
-    def answer_chunks(self, length, n):
-        """The chunks (n,) after those that n questions end, so late that the last answer still fits."""
-        last = (length - 1 - self.parts[1] - self.n_value) // self.n_text
+    def chunks_after_questions(self, length, n):
+        """The chunk (n,) behind each of n questions, so late that the last answer still fits."""
+        last = (length - 1 - self.colons[1] - self.n_value) // self.n_text
         return last - self.chunks_per_question * np.arange(n)[::-1]
 
     def questions_in(self, length, wanted):
-        """How many questions a context has: as many as wanted, if there is a chunk for each needle.
+        """How many questions a context has: as many as wanted, or as many as fit.
 
-        Of n questions, the first one ends chunk answer_chunks(length, n)[0] - 1 = last - each (n - 1) - 1.
-        The 2 n needles lie in the chunks before that.
+        Their 2 n needles need a chunk each before the first question's: 2 n <= last - each * (n - 1) - 1.
         """
-        last, each = int(self.answer_chunks(length, 1)[0]), self.chunks_per_question
-        return min(wanted, (last + each - 1) // (each + self.n_hop))
+        last, each = int(self.chunks_after_questions(length, 1)[0]), self.chunks_per_question
+        return min(wanted, (last + each - 1) // (each + self.needles_per_answer))
 
     def batch(self, text, rng, B, length, wanted):
+        """B contexts with questions_in() questions each: tokens, next tokens and answer_at, as Haystack's."""
         n, (bar, ask, colon) = self.questions_in(length, wanted), self.alphabet[2:]
         start = rng.integers(len(text), size=(B, 1))
         x = text.take(start + np.arange(length + 1), mode="wrap").astype(np.int64)
@@ -63,14 +65,14 @@ class Pairs:
             c[..., 0] = np.where(c[..., 0] == b[..., 0], np.where(b[..., 0] == one, other, one), c[..., 0])
         second = dict(multihop=b, multivalue=a, multiquery=d)[self.kind]        # the second needle's name
 
-        answer_chunks = self.answer_chunks(length, n)
-        n_before = answer_chunks[0] - 1                                 # chunks before the first question's
+        chunks = self.chunks_after_questions(length, n)
+        n_before = chunks[0] - 1                                        # chunks before the first question's
         needle_at = places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.anywhere)
-        border_at = answer_chunks * self.n_text + np.zeros((B, 1), int)                         # (B, n)
+        border_at = chunks * self.n_text + np.zeros((B, 1), int)                                # (B, n)
         write(x, needle_at[:, :n], bar, a, colon, b, bar)
         write(x, needle_at[:, n:], bar, second, colon, c, bar)
         asked = (a, ask, d) if self.kind == "multiquery" else (a,)
         write(x, border_at - (2 + self.n_name), bar, ask, *asked)
-        write(x, border_at + self.parts[0], colon, b)
-        write(x, border_at + self.parts[1], colon, c)
+        write(x, border_at + self.colons[0], colon, b)
+        write(x, border_at + self.colons[1], colon, c)
         return x[:, :-1], x[:, 1:], (border_at[..., None] + self.answer_offsets).reshape(B, -1)

@@ -42,7 +42,7 @@ ALPHABETS = dict(
 class Haystack:
     """Contexts with needles |name:value|, and a question for each."""
 
-    n_hop, n_name = 1, NAME         # needles an answer takes; tokens that a question names
+    needles_per_answer, n_name = 1, NAME        # n_name: tokens that a question names
 
     def __init__(self, n_text, n_value, alphabet=ALPHABETS["bytes"], anywhere=False):
         """n_text: text tokens of a chunk; n_value: tokens of a value.
@@ -54,8 +54,8 @@ class Haystack:
         self.least_length = 2 * n_text + 1 + n_value                    # of a context with one question
         self.answer_offsets = np.arange(n_value)    # positions that predict an answer, from where it begins
 
-    def answer_chunks(self, length, n):
-        """The chunks (n,) that n answers open, so late that the last answer still fits."""
+    def chunks_after_questions(self, length, n):
+        """The chunk (n,) behind each of n questions, so late that the last answer still fits."""
         return (length - 1 - self.n_value) // self.n_text - np.arange(n)[::-1]
 
     def questions_in(self, length, wanted):
@@ -75,10 +75,10 @@ class Haystack:
         values = distinct(rng, B * n, self.n_value, len(self.alphabet.values))      # none has a token twice
         values = self.alphabet.values[values].reshape(B, n, self.n_value)
 
-        first_answer = self.answer_chunks(length, n)[0]
+        first_answer = self.chunks_after_questions(length, n)[0]
         n_before = first_answer - 1                                     # chunks before the first question's
         needle_at = places(rng, B, n, n_before, self.n_text, self.needle_length, self.anywhere)
-        colon_at = self.answer_chunks(length, n) * self.n_text + np.zeros((B, 1), int)          # (B, n)
+        colon_at = self.chunks_after_questions(length, n) * self.n_text + np.zeros((B, 1), int)     # (B, n)
         write(x, needle_at, bar, names, colon, values, bar)
         write(x, colon_at - (2 + NAME), bar, ask, names)
         write(x, colon_at, colon, values)

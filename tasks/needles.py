@@ -25,7 +25,7 @@ AFFORDABLE, FEW_QUESTIONS, MANY_QUESTIONS = dict(cpu=2 ** 19, cuda=2 ** 26), 32,
 @dataclass
 class NeedleConfig:
     needle: str = "multi"           # multi: n_needle in a context; single: one; pairs as in tasks/chains.py
-    n_needle: int = 3               # in a context, or as many as fit; as many questions (or so many pairs)
+    n_needle: int = 3               # needles (or pairs) in a context, each with a question; or what fits
     n_value: int = 6                # tokens in a needle's value (of pairs: in each name, too)
     anywhere: bool = False          # True: needles lie across chunk borders, too; False: inside one chunk
     grow_at: float = 0.75           # share of whole answers that are right, at which the context doubles
@@ -119,10 +119,10 @@ class Needles:
     def measure(self, model, read, lengths=None, n_question=None, seed=0, n_needles=None, write=False):
         """Accuracy of the answers by context length, a row each; read: tools/reader.py's.
 
-        Every token of an answer is predicted greedily from the true tokens before it. With one hop, all of
-        them are right exactly when greedy generation would write the answer. The colon between two values is
-        given. `repeats`: how often the context repeats the haystack's text.
-        A model that answers with any needle's value gets one answer in `needles` right.
+        Every token of an answer is predicted greedily from the true tokens before it. If all of them are
+        right, greedy generation would write the answer, but for what is given: of pairs, the colon between
+        their values. `repeats`: how often the context repeats the haystack's text.
+        Of single needles, a model that answers with any one's value gets one answer in `needles` right.
 
         n_needles: numbers of needles in a context, a table for each. write: generate the answers, too, each
         token from those that the model wrote itself.
@@ -134,7 +134,7 @@ class Needles:
         for wanted, length in product(n_needles or [self.n_needle], lengths):
             n = self.haystack.questions_in(length, wanted)
             hits, written = self.answers(model, read, length, n, n_question, seed, write)
-            row = dict(length=length, questions=len(hits), needles=self.haystack.n_hop * n,
+            row = dict(length=length, questions=len(hits), needles=self.haystack.needles_per_answer * n,
                        repeats=max(1.0, length / len(self.corpus.val)),
                        token_accuracy=100 * hits.double().mean().item(),
                        exact_match=100 * hits.all(1).double().mean().item())

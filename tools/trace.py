@@ -220,7 +220,7 @@ def needle_traces(model, task, length, n_question, seed):
     for _ in range(-(-n_question // n)):
         tokens = haystack.batch(task.corpus.val, rng, 1, length, n)[0][0]
         pairs = []
-        for question in haystack.answer_chunks(length, n).tolist():
+        for question in haystack.chunks_after_questions(length, n).tolist():
             asked, needles = tokens[question * n_text - n_name:question * n_text], []
             for name in np.split(asked, np.flatnonzero(asked == alphabet.ask)):         # one, or a ?d
                 begins = [alphabet.bar, *name[name != alphabet.ask], alphabet.colon]    # |name:
