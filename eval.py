@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))          # also with PYTHONSAFEPA
 
 import fast
 from fast import speed
-from gca import require
+from gca import Mistake, require
 from model import RETRIEVERS, DRTConfig
 from tasks import PAPER_NAMES
 from tasks.needles import KINDS, NeedleConfig, Needles
@@ -50,7 +50,7 @@ def measure(task, models, read, lengths=None, n=None, seed=0, **options):
                     numbers = read.numbers() if read.tokens else numbers        # rows read together share
                     rows.append(dict(model=name) | row | numbers)
                     if not sys.stderr.isatty():                             # no bar: a line in the log
-                        first = next(iter(row.values()))
+                        first = exits.visible(str(next(iter(row.values()))))
                         exits.say(f"{name}: {first} measured, {read.seconds:.0f} s", sys.stderr)
                     read.reset()
     finally:                                            # also if memory or patience did not last to the end
@@ -64,7 +64,10 @@ def load_all(args, device):
     names, loaded, corpus = plot.run_names(args.ckpt), {}, None
     for path in args.ckpt:
         model, saved = load_checkpoint(path, device, RUN_PARTS)
-        corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
+        if not corpus:
+            corpus = load_corpus(args.data or saved["settings"]["data"])
+        require(args.data or saved["tokenizer"] == corpus.tokenizer, "--ckpt must name runs with the same "
+                f"tokenizer, got {corpus.tokenizer} in {args.ckpt[0]} and {saved['tokenizer']} in {path}")
         check_corpus(corpus, saved, path, args.data)
         loaded[names[path]] = path, model, saved["settings"]
     return loaded, corpus
@@ -107,7 +110,12 @@ def run_niah(args, device):
             "--n_needle must be left out with --needle single: its contexts have one needle")
     corpus = load_corpus(settings["data"])
     check_corpus(corpus, saved, args.ckpt, args.data)
-    task = Needles(settings, corpus)
+    try:
+        task = Needles(settings, corpus)
+    except Mistake as error:
+        if args.needle:
+            raise Mistake(f"--needle {args.needle} must fit the model of {args.ckpt}: {error}") from error
+        raise
     for length in args.lengths or [settings["seq_len"]]:
         task.check(length, "--lengths")
         room = task.haystack.questions_in(length, 10 ** 9)
@@ -165,7 +173,7 @@ def run_ppl(args, device):
     measured = task.measured_on(args.split)
     if measured["left_out"]:
         left_out = ", ".join(measured["left_out"][:8]) + ", .." * (len(measured["left_out"]) > 8)
-        exits.say(f"{len(measured['documents'])} documents measured; left out: {left_out}")
+        exits.say(f"{len(measured['documents'])} documents measured; left out: {exits.visible(left_out)}")
     return {name: settings[name] | measured for name in models}, rows
 
 

@@ -47,8 +47,8 @@ class Needles:
         alphabet = ALPHABETS[corpus.tokenizer]
         given = settings["chunk_size"] - 1, n_value, alphabet, settings["anywhere"]
         self.haystack = Pairs(*given, kind) if kind in PAIRS else Haystack(*given)
+        require(settings["n_needle"] >= 1, f"n_needle must be at least 1, got {settings['n_needle']}")
         self.n_needle = 1 if kind == "single" else settings["n_needle"]
-        require(self.n_needle >= 1, f"n_needle must be at least 1, got {self.n_needle}")
         fewest, most = (2 if kind in PAIRS else 1), len(alphabet.values)
         require(fewest <= n_value <= most, f"n_value must be in {fewest}..{most}, got {n_value}")
         least = 1 + self.haystack.needle_length

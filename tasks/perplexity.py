@@ -33,6 +33,11 @@ class Documents(NamedTuple):
         return self.names[i] if self.names else f"document {i}"
 
 
+def perplexity(loss):
+    """Of a mean loss in nats; of a model that has diverged the largest power of e that a float can hold."""
+    return math.exp(min(loss, 700))
+
+
 # ---------------------------------------------------------------- by length
 
 def places(documents, longest, n_place, seed):
@@ -75,7 +80,7 @@ def by_length(model, read, documents, found, lengths, decode_bytes):
                                            for i in where)
     for length in lengths:
         total = scored_loss(model, read, documents.text, where, n_scored, length)
-        yield dict(length=length, scored=n, loss=total / n, perplexity=math.exp(min(total / n, 700)),
+        yield dict(length=length, scored=n, loss=total / n, perplexity=perplexity(total / n),
                    bits_per_byte=total / math.log(2) / n_byte)
 
 
@@ -136,7 +141,7 @@ def ratio(differences):
     differences, rng = np.array(differences), np.random.default_rng(0)
     drawn = differences[rng.integers(len(differences), size=(BOOTSTRAPS, len(differences)))].mean(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return dict(ratio=math.exp(differences.mean()), low=math.exp(low), high=math.exp(high))
+    return dict(ratio=perplexity(differences.mean()), low=perplexity(low), high=perplexity(high))
 
 
 def by_document(model, read, documents, found, length, first):
@@ -151,10 +156,10 @@ def by_document(model, read, documents, found, length, first):
         by_window = x.mean(1) - theirs[document].mean(1)
         means.append((x.mean(), by_window.mean()))
         yield dict(document=documents.name(document), length=length, scored=x.size,
-                   perplexity=math.exp(x.mean()), **ratio(by_window), lower=int(by_window.mean() < 0))
+                   perplexity=perplexity(x.mean()), **ratio(by_window), lower=int(by_window.mean() < 0))
     loss, difference = np.array(means).T
     yield dict(document=f"all {len(mine)}", length=length, scored=sum(x.size for x in mine.values()),
-               perplexity=math.exp(loss.mean()), **ratio(difference), lower=int((difference < 0).sum()))
+               perplexity=perplexity(loss.mean()), **ratio(difference), lower=int((difference < 0).sum()))
 
 
 def by_copy(model, read, documents, found, length, first, window):
@@ -170,7 +175,7 @@ def by_copy(model, read, documents, found, length, first, window):
         n = int(here.sum())
         loss, base = (float(y[here].mean()) if n else math.nan for y in (x, theirs))
         yield dict(last_seen=name, length=length, share=n / len(back), scored=n, loss=loss,
-                   perplexity=math.exp(loss), ratio=math.exp(loss - base))
+                   perplexity=perplexity(loss), ratio=perplexity(loss - base))
 
 
 def last_seen(tokens):

@@ -1,6 +1,7 @@
 """eval.py's commands: tables, reports and pictures, and what is refused."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ def test_as_many_needles_as_wanted(run, tmp_path):
     measure(*line, "--json", out, *ON)
     report = json.loads(out.read_text())
     assert report["rows"][0]["needles"] == 2 and report["settings"]["n_needle"] == 2
+
+
+def test_a_table_whose_short_contexts_hold_fewer_needles_is_one_curve():
+    rows = [dict(model="out", length=n, needles=k, exact_match=1) for k, n in ((1, 80), (3, 500), (3, 900))]
+    more = [dict(row, needles=2 * row["needles"]) for row in rows]
+    assert plot.curves({Path("a/niah.json"): rows}) == {"out": rows}
+    assert plot.curves({Path("a/niah.json"): rows + more}) == {"out, 3 needles": rows, "out, 6 needles": more}
 
 
 def measure(*arguments):

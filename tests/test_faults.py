@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import train
 from helpers import DEVICE, ROOT, TEXT_FLAGS, command, log_of, random_tokens, refused, tiny
 from tools import cli, exits, report
 from tools.checkpoint import load_checkpoint, save_checkpoint
+from tools.run import prepare_folder
 
 
 @contextmanager
@@ -111,6 +113,22 @@ def test_training_again_moves_the_run_aside(tmp_path, no_table, capsys):
         train.main([*TEXT_FLAGS, "--steps", str(steps), "--out", str(tmp_path / "out")])
     assert [len(log_of(tmp_path / name)) for name in ("out.1", "out.2", "out")] == [2, 3, 4]
     assert f"is now in {tmp_path}/out.2" in capsys.readouterr().out
+
+
+def test_a_folder_is_locked_while_it_is_moved_aside(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ckpt.pt").touch()
+    rename = Path.rename
+
+    def meanwhile(path, aside):
+        with pytest.raises(ValueError, match="another run is writing"):         # what a second process meets
+            monkeypatch.setattr(Path, "rename", rename)
+            prepare_folder(tmp_path / "out", False)
+        return rename(path, aside)
+
+    monkeypatch.setattr(Path, "rename", meanwhile)
+    prepare_folder(tmp_path / "out", False).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.1"]
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):

@@ -38,7 +38,8 @@ SIZES = "n_layer n_group n_encoder n_head n_embd chunk_size top_k window n_kv_he
     *(f"--{name} many" for name in NUMBERS),
     "--n_layer 1000000000", "--n_embd 1000000 --n_head 1", "--n_value 129", "--n_needle 0",
     "--n_layer 3", "--n_embd 65", "--dtype int8", "--task needle", "--needle five", "--device gpu",
-    "--n_value 1 --needle multihop", "--needle multihop --n_value 7", "--needle multihop --seq_len 50",
+    "--n_value 1 --needle multihop", "--n_needle -5 --needle single",
+    "--needle multihop --n_value 7", "--needle multihop --seq_len 50",
     "--data stdlib --task summaries",
     "--preset big", "--data nowhere", "--resume", "--lr", "--steps 1.5", "--gumbel yes"])
 def test_training_settings(flags, tmp_path, capsys):

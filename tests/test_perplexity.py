@@ -116,6 +116,24 @@ def test_a_table_by_document_and_one_by_copy(text_run, tmp_path, capsys):
     assert mean == pytest.approx(np.mean([math.log(row["perplexity"]) for row in by_document[:2]]), rel=1e-4)
 
 
+@pytest.mark.parametrize("by", ["length", "document", "copy"])
+def test_a_model_that_has_diverged_gets_a_table(by, text_run, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "texts" / split).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / "texts" / split / f"a\n{i}.txt").write_text(f"{i} {split} " * 99)
+    prepare.main(["text", str(tmp_path / "texts"), "--out", str(tmp_path / "data"), "--tokenizer", "bytes"])
+    model, state = load_checkpoint(text_run / "ckpt.pt", DEVICE)
+    weights = {name: 1e4 * x if x.dim() > 1 else x for name, x in state["model"].items()}
+    torch.save(dict(state, model=weights), tmp_path / "ckpt.pt")
+    capsys.readouterr()
+    evaluation.main(["ppl", "--by", by, "--ckpt", str(text_run), str(tmp_path), "--places", "2", "--lengths",
+                     "100", "--data", str(tmp_path / "data"), "--device", DEVICE.type])
+    table = capsys.readouterr().out.splitlines()
+    assert any("e+" in row for row in table) and max(map(len, table)) < 300
+    assert by != "document" or r"val/a\n0.txt" in table[-3]        # a name never breaks its row
+
+
 def test_mistakes_with_tables_by_document_and_by_copy(text_run, tmp_path, capsys):
     line = "ppl", "--ckpt", text_run, "--device", DEVICE.type
     for flags, words in ((["--by", "document"], "--by document: stdlib has no names of its documents"),

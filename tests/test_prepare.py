@@ -112,6 +112,20 @@ def test_preparation_mistakes_get_one_line(texts, message, tmp_path, capsys):
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_split_that_is_no_text_leaves_the_corpus_before(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        documents(tmp_path / split, one="some text")
+    line = "text", tmp_path, "--out", tmp_path / "out", "--tokenizer", "bytes"
+    prepare.main([*map(str, line)])
+    before = load_corpus(tmp_path / "out")
+    documents(tmp_path / "train", one="another text")
+    documents(tmp_path / "val", one=b"\xff")
+    assert "val must hold UTF-8 text" in refused(capsys, prepare.main, *line)
+    after = load_corpus(tmp_path / "out")
+    assert bytes(after.train) == bytes(before.train) and bytes(after.val) == bytes(before.val)
+
+
 def environment(folder, sizes, copy_of=None):
     """Packages of about so many characters, as {package: {name: path}}."""
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ And of log.csv: how training went.
 import csv
 import json
 import math
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from fast.files import atomic_file
@@ -140,7 +141,10 @@ def draw_reports(plt, tables):
     require(kind == "last_seen" or len(tables) == 1, "plot must have one report of --by document: its ratios "
             f"are to its own first model, got {len(tables)}")
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    (draw_ratios if kind == "document" else draw_copies)(axis, curves(tables))
+    found = curves(tables)
+    require(kind == "last_seen" or len(found) > 1, f"{next(iter(tables))} must have two models or more "
+            "for a picture of ratios, got one")
+    (draw_ratios if kind == "document" else draw_copies)(axis, found)
     return [axis]
 
 
@@ -165,7 +169,6 @@ def draw_lengths(plt, kind, tables):
 def draw_ratios(axis, tables):
     """Each document's ratio of perplexities to the first model's, lowest first, with 95% of bootstraps."""
     (first, _), *others = tables.items()
-    require(others, "a picture of ratios needs two models in its report")
     for i, (name, rows) in enumerate(others):
         rows = sorted(rows[:-1], key=lambda row: row["ratio"])                  # the last one is their mean
         ratios = [row["ratio"] for row in rows]
@@ -209,7 +212,7 @@ def save(figure, path):
 def curves(tables):
     """{label: rows} of each model; the report's name is part of the label where two have the same name.
 
-    And so is the number of needles, where a model's rows have several.
+    And so is the number of needles, where a model has several tables: rows that repeat a length.
     """
     names, found = run_names(tables), {}
     models = [(report, model) for report, rows in tables.items()
@@ -218,8 +221,11 @@ def curves(tables):
         is_unique = model and sum(model == other for _, other in models) == 1
         label = model if is_unique else f"{names[report]}: {model}" if model else names[report]
         rows = [row for row in tables[report] if row.get("model", "") == model]
-        needles = [*dict.fromkeys(row.get("needles") for row in rows)]
-        for n in needles:
-            name = f"{label}, {n} needles" if len(needles) > 1 else label
-            found[name] = [row for row in rows if row.get("needles") == n]
+        by_table, seen = defaultdict(list), Counter()
+        for row in rows:
+            by_table[seen[row["length"]] if "needles" in row else 0].append(row)
+            seen[row["length"]] += 1
+        for table in by_table.values():
+            most = max(row.get("needles", 0) for row in table)          # short contexts hold fewer
+            found[f"{label}, {most} needles" if len(by_table) > 1 else label] = table
     return found

@@ -39,7 +39,8 @@ def split_documents(folder):
     """{split: paths} of a folder's text files: its own train, val and test, or one in twenty for val."""
     files, others = text_files(folder, (".txt", ".md"))
     if others:
-        exits.say(f"{len(others)} left out, because they are hidden or no regular files: {others[0]}"
+        first = exits.visible(str(others[0]))
+        exits.say(f"{len(others)} left out, because they are hidden or no regular files: {first}"
                   f"{', ..' if len(others) > 1 else ''}")
     splits = {name: [path for path in files if path.relative_to(folder).parts[0] == name]
               for name in ("train", "val", "test")}
@@ -65,13 +66,18 @@ def tokenize(document, tokenizer, errors):
     """
     tokenizer = load_tokenizer(tokenizer)
     data = document.encode() if isinstance(document, str) else document.read_bytes()
-    try:
-        text = data.decode(errors=errors)
-    except UnicodeDecodeError:
-        return None
-    if b"\0" in data:
+    text = text_in(data, errors)
+    if text is None:
         return None
     return np.append(tokenizer.encode(text), tokenizer.separator).astype(np.uint16), len(data)
+
+
+def text_in(data, errors):
+    """The UTF-8 text in these bytes, or None: zero bytes stand between documents."""
+    try:
+        return None if b"\0" in data else data.decode(errors=errors)
+    except UnicodeDecodeError:
+        return None
 
 
 def prepare(splits, out, tokenizer, errors="strict", references=None, names=None):
@@ -178,6 +184,9 @@ def prepare_text(folder, out, tokenizer, errors):
         return [(path.relative_to(folder).as_posix(), digest_of_file(path)) for path in files]
 
     splits = split_documents(folder)
+    for split, files in splits.items():         # before anything is written
+        is_text = any(text_in(path.read_bytes(), errors) is not None for path in files)
+        require(is_text, f"{split} must hold UTF-8 text, got none; --errors replace takes other text")
     prepare({split: (files, len(files), identity(files)) for split, files in splits.items()}, out, tokenizer,
             errors, names={split: [path.relative_to(folder).as_posix() for path in files]
                            for split, files in splits.items()})

@@ -10,7 +10,7 @@ import torch
 
 from fast.files import atomic_file
 from gca import triton
-from tools.exits import say
+from tools.exits import say, visible
 
 
 def hardware(device):
@@ -28,8 +28,9 @@ def print_table(rows):
     """Rows are dicts with the same keys; the keys are the header. GPU memory only where there is a GPU."""
     def text(x):
         if isinstance(x, str):
-            return x
-        return f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if x >= 1000 else f"{x:.2f}"
+            return visible(x)
+        return f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if 1000 <= x < 1e12 else f"{x:.4g}" \
+            if x >= 1e12 else f"{x:.2f}"
 
     names = [name for name in rows[0] if name != "peak_gpu_gib" or any(row[name] for row in rows)]
     table = [names] + [[text(row[name]) for name in names] for row in rows]

@@ -45,10 +45,11 @@ def prepare_folder(out, resume):
     except RuntimeError as error:                       # before Python 3.13
         raise Mistake(f"--out: {out} is a link that leads to itself") from error
     require(not out.exists() or out.is_dir(), f"--out: {out} must be a folder, it is a file")
-    if out.is_dir() and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.csv")):
+    if not resume and holds_run(out):
         folder, around_us = out.resolve(), [Path.cwd(), *Path.cwd().parents]            # where a link leads
-        for path in {folder / ".lock", *folder.rglob(".lock")}:
-            lock(path.parent).close()           # not while a run is writing there, or to a folder inside
+        # Not while a run is writing there, or to a folder inside; and no two processes at a time.
+        locks = [lock(path.parent) for path in {folder / ".lock", *folder.rglob(".lock")}]
+        require(holds_run(out), f"--out: another run is writing to {out}")
         require(folder not in around_us, f"--out: {out} holds a run, and this is the current folder")
         number = next(i for i in range(1, 10 ** 9) if not folder.with_name(f"{folder.name}.{i}").exists())
         aside = folder.with_name(f"{folder.name}.{number}")
@@ -57,13 +58,22 @@ def prepare_folder(out, resume):
         except OSError as error:
             raise Mistake(f"--out: {out} holds a run and cannot be moved aside ({error.strerror}): "
                           "give another folder, or move what it holds") from error
+        for file in locks:
+            file.close()
         exits.say(f"the run that was in {out} is now in {aside}")
     out.resolve().mkdir(parents=True, exist_ok=True)
     return lock(out)
 
 
+def holds_run(out):
+    return any((out / name).exists() for name in ("ckpt.pt", "log.csv"))
+
+
 def lock(out):
-    file = open(out / ".lock", "w")
+    try:
+        file = open(out / ".lock", "w")
+    except FileNotFoundError:                   # another process has just moved the folder
+        raise Mistake(f"--out: another run is writing to {out}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:                    # any other: a file system that has no locks
@@ -205,8 +215,12 @@ class Run:
             lost = row["step"] if self.bad == BAD_STEPS else lost
         self.rows[-1].update(scores)
         self.show(self.rows[-1], scores)
-        self.table.writerows(self.rows)
-        self.file.flush()
+        try:
+            self.table.writerows(self.rows)
+            self.file.flush()
+        except OSError as error:                        # a full disk
+            error.filename = str(self.out / "log.csv")
+            raise
         self.rows, self.since = [], time.perf_counter()
         require(not lost, f"loss or gradient were not finite in {BAD_STEPS} steps in a row, up to step "
                 f"{lost}; none of them changed the model: try a lower --lr")
