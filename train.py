@@ -59,6 +59,9 @@ LM = dict(task="text", n_layer=12, n_embd=768, n_head=12, chunk_size=64, window=
           batch_size=32, batch_tokens=2 ** 19, lr=2e-3, final_lr=0.2, compile=True, validate_every=250,
           # These are not the paper's: docs/pretraining.md.
           gumbel=False, encoder_identity=True, encoder_lr=0.1)
+CODE = LM | dict(data="data/code", n_layer=8, n_embd=384, n_head=6, chunk_size=32, top_k=32, recency=True,
+                 query_gain=8, start_len=992, seq_len=8060, batch_tokens=32240, steps=9000, warmup=100,
+                 validate_every=400)
 PRESETS = {
     "cpu": dict(n_encoder=1, anywhere=True, gumbel=False),
     "gpu": dict(n_layer=4, n_encoder=1, n_embd=128, n_head=8, chunk_size=64, window=64, top_k=8, n_needle=192,
@@ -67,16 +70,12 @@ PRESETS = {
     "multihop": dict(needle="multihop", n_layer=8, n_group=2, n_encoder=1, top_k=8, n_needle=16, n_value=4,
                      start_len=80, seq_len=1024, batch_size=256, batch_tokens=32768, grow_at=0.45, steps=2000,
                      lr=1.5e-3, encoder_rope=False, gumbel=False),
-    "code": LM | dict(data="data/code", n_layer=8, n_embd=384, n_head=6, chunk_size=32, top_k=32,
-                      recency=True, query_gain=8, start_len=992, seq_len=8060, batch_tokens=32240, steps=9000,
-                      warmup=100, validate_every=400),
+    "code": CODE,
     "code-cpu": LM | dict(data="data/code-cpu", n_layer=4, n_encoder=1, n_embd=64, n_head=4, chunk_size=16,
                           window=32, top_k=8, recency=True, query_gain=8, start_len=240, seq_len=1980,
                           batch_size=8, batch_tokens=1980, steps=2400, lr=4e-3, warmup=100,
                           validate_every=400, compile=False),
-    "books": LM | dict(data="data/books", n_layer=8, n_encoder=0, n_embd=384, n_head=6, window=64,
-                       start_len=1008, seq_len=8064, batch_size=64, batch_tokens=64512, steps=3000,
-                       warmup=100, validate_every=100),
+    "books": CODE | dict(data="data/books", steps=4500),
     "pg19": LM | dict(data="data/pg19", micro_batch=4, steps=60000, warmup=1200, checkpoint_every=1000,
                       gumbel=True, gca_residual=False),     # these two as in the released code
 }
