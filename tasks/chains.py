@@ -17,7 +17,7 @@ retrieves: |b:c|, from which the answer's chunk writes both.
 """
 import numpy as np
 
-from tasks.haystack import ALPHABETS, places, random_names, write
+from tasks.haystack import ALPHABETS, needle_places, random_names, write
 
 PAIRS = "multihop", "multivalue", "multiquery"
 
@@ -67,7 +67,7 @@ class Pairs:
 
         chunks = self.chunks_after_questions(length, n)
         n_before = chunks[0] - 1                                        # chunks before the first question's
-        needle_at = places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.anywhere)
+        needle_at = needle_places(rng, B, 2 * n, n_before, self.n_text, self.needle_length, self.anywhere)
         border_at = chunks * self.n_text + np.zeros((B, 1), int)                                # (B, n)
         write(x, needle_at[:, :n], bar, a, colon, b, bar)
         write(x, needle_at[:, n:], bar, second, colon, c, bar)

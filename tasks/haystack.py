@@ -77,7 +77,7 @@ class Haystack:
 
         first_answer = self.chunks_after_questions(length, n)[0]
         n_before = first_answer - 1                                     # chunks before the first question's
-        needle_at = places(rng, B, n, n_before, self.n_text, self.needle_length, self.anywhere)
+        needle_at = needle_places(rng, B, n, n_before, self.n_text, self.needle_length, self.anywhere)
         colon_at = self.chunks_after_questions(length, n) * self.n_text + np.zeros((B, 1), int)     # (B, n)
         write(x, needle_at, bar, names, colon, values, bar)
         write(x, colon_at - (2 + NAME), bar, ask, names)
@@ -86,7 +86,7 @@ class Haystack:
         return x[:, :-1], x[:, 1:], (colon_at[..., None] + self.answer_offsets).reshape(B, -1)
 
 
-def places(rng, B, n, n_chunk, n_text, size, anywhere):
+def needle_places(rng, B, n, n_chunk, n_text, size, anywhere):
     """Where n needles of `size` tokens begin in the first n_chunk chunks: (B, n)."""
     if anywhere:
         return random_starts(rng, B, n, n_chunk * n_text, size)
