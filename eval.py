@@ -123,8 +123,8 @@ def run_niah(args, device):
         require(most <= room, f"--n_needle must be at most {room} in {length} tokens (and with as many "
                 f"questions), got {most}")
     read = Reader(device, cli.pick_dtype(args.dtype, device), args.fast)
-    names = plot.run_names([args.ckpt])
-    rows = measure(task, {names[args.ckpt]: model}, read, args.lengths, args.questions, args.seed,
+    name = plot.run_names([args.ckpt])[args.ckpt] + f", {args.retriever}" * bool(args.retriever)
+    rows = measure(task, {name: model}, read, args.lengths, args.questions, args.seed,
                    n_needles=args.n_needle, write=args.generate)
     return settings | task.measured_on(), rows
 

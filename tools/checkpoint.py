@@ -34,9 +34,11 @@ def save_checkpoint(path, model, **state):
 def load_checkpoint(path, device, parts=PARTS):
     """A checkpoint's model, ready to read (eval mode), and all that was saved with it.
 
-    parts: {name: type} that it must hold. ValueError if it is not one of ours.
+    path: the file, or the folder of its run; parts: {name: type} that it must hold. ValueError if it is not
+    one of ours.
     """
-    require(Path(path).is_file(), f"no checkpoint at {path}; train.py writes ckpt.pt to its --out")
+    path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
+    require(path.is_file(), f"no checkpoint at {path}; train.py writes ckpt.pt to its --out")
     state = load_saved(path, "a checkpoint of train.py", parts)
     weights = {name.replace("_orig_mod.", ""): x for name, x in state["model"].items()}     # of torch.compile
     try:
