@@ -167,14 +167,14 @@ def forward_kernel(Q, K, V, W, Index, Out, scale, n_slot, Cq, Ck, Sq, Sk, Hq, GR
         k_tile, v_tile = fetched(K, k, V, v, ready, slot)
         scores_0 = product(q_0, k_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
         scores_1 = product(q_1, k_tile.permute((1, 0)), unread, use_acc=False, is_async=True)
-        scores_0, out_0, out_1 = finish(1, [scores_0, out_0, out_1])     # scores_1 beside head 0's softmax
+        scores_0, out_0, out_1 = finish(1, [scores_0, out_0, out_1])     # scores_1 runs on
         thread_barrier()
         fetch(K, k, V, v, ready, (slot + 1) % 2, next_chunk, 0, h // GROUP, slot + 1 < n_slot)
         next_chunk, w_after = chunk_and_weight(Index, W, slot + 2, n_slot, b * Ck)      # loads take a while
         p, total, _ = chunk_softmax(scores_0, scale, Sk, KEYS, ONE)
         p *= (w / total)[:, None]
         out_0 = product(left_operand(p, Q.dtype, D), v_tile, accumulator(out_0), is_async=True)
-        scores_1 = finish(1, [scores_1])                                 # out_0 beside head 1's softmax
+        scores_1 = finish(1, [scores_1])                                 # out_0 runs on
         p, total, _ = chunk_softmax(scores_1, scale, Sk, KEYS, ONE)
         p *= (w / total)[:, None]
         out_1 = product(left_operand(p, Q.dtype, D), v_tile, accumulator(out_1), is_async=True)
