@@ -39,6 +39,16 @@ def test_the_walkthrough_prints_what_it_says(monkeypatch):
         assert printed.getvalue() == expected, f"step {number}"
 
 
+def test_a_long_text_is_read_and_asked_as_the_results_say(monkeypatch, tmp_path):
+    if not is_of_quick_start(ROOT / "out/ckpt.pt"):
+        pytest.skip("the model of the quick start is not in out/")
+    monkeypatch.chdir(ROOT)
+    code, = blocks(ROOT / "docs/results.md", "python")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code.replace("document.memory", f"{tmp_path}/document.memory"), {})
+    assert printed.getvalue().strip() == code.rpartition("# ")[2].strip()
+
+
 def is_of_quick_start(path):
     quick = default_settings(train.TrainConfig) | train.PRESETS["cpu"]
     saved = torch.load(path, weights_only=True) if path.exists() else dict(settings={}, step=0)
