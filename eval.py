@@ -64,10 +64,7 @@ def load_all(args, device):
     names, loaded, corpus = plot.run_names(args.ckpt), {}, None
     for path in args.ckpt:
         model, saved = load_checkpoint(path, device, RUN_PARTS)
-        if not corpus:
-            corpus = load_corpus(args.data or saved["settings"]["data"])
-        require(args.data or saved["tokenizer"] == corpus.tokenizer, "--ckpt must name runs with the same "
-                f"tokenizer, got {corpus.tokenizer} in {args.ckpt[0]} and {saved['tokenizer']} in {path}")
+        corpus = corpus or load_corpus(args.data or saved["settings"]["data"])
         check_corpus(corpus, saved, path, args.data)
         loaded[names[path]] = path, model, saved["settings"]
     return loaded, corpus
@@ -113,9 +110,7 @@ def run_niah(args, device):
     try:
         task = Needles(settings, corpus)
     except Mistake as error:
-        if args.needle:
-            raise Mistake(f"--needle {args.needle} must fit the model of {args.ckpt}: {error}") from error
-        raise
+        raise Mistake(f"--needle {settings['needle']} must fit the model of {args.ckpt}: {error}") from error
     for length in args.lengths or [settings["seq_len"]]:
         task.check(length, "--lengths")
         room = task.haystack.questions_in(length, 10 ** 9)

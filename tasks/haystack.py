@@ -59,7 +59,7 @@ class Haystack:
         return (length - 1 - self.n_value) // self.n_text - np.arange(n)[::-1]
 
     def questions_in(self, length, wanted):
-        """How many questions a context has: as wanted, or as fit: a chunk each for needle and question."""
+        """How many needles and questions a context has: as many as wanted, or as fit, a chunk for each."""
         return min(wanted, (length - 1 - self.n_value) // self.n_text // 2)
 
     def batch(self, text, rng, B, length, wanted):

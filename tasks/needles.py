@@ -25,7 +25,7 @@ AFFORDABLE, FEW_QUESTIONS, MANY_QUESTIONS = dict(cpu=2 ** 19, cuda=2 ** 26), 32,
 @dataclass
 class NeedleConfig:
     needle: str = "multi"           # multi: n_needle in a context; single: one; pairs as in tasks/chains.py
-    n_needle: int = 3               # needles (or pairs) in a context, each with a question; or what fits
+    n_needle: int = 3               # needles (or pairs) and questions in a context, or as many as fit
     n_value: int = 6                # tokens in a needle's value (of pairs: in each name, too)
     anywhere: bool = False          # True: needles lie across chunk borders, too; False: inside one chunk
     grow_at: float = 0.75           # share of whole answers that are right, at which the context doubles

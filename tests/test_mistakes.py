@@ -118,6 +118,17 @@ def test_a_setting_of_another_type_in_a_checkpoint(needle_run, tmp_path, capsys)
     assert "n_value of type int, got 'six'" in error
 
 
+def test_mistakes_name_flags_that_were_given(needle_run, text_run, tmp_path, capsys):
+    state = torch.load(needle_run[0] / "ckpt.pt", weights_only=True)
+    torch.save(changed(state, "settings.n_value", 1), tmp_path / "ckpt.pt")
+    error = one_line(capsys, evaluation.main, "niah", "--ckpt", tmp_path, "--needle", "multihop")
+    assert f"--needle multihop must fit the model of {tmp_path}" in error
+    state = torch.load(text_run / "ckpt.pt", weights_only=True)
+    torch.save(dict(state, tokenizer="gpt2"), tmp_path / "ckpt.pt")
+    error = one_line(capsys, evaluation.main, "ppl", "--ckpt", text_run, tmp_path)
+    assert f"--ckpt must have the tokenizer and vocabulary of {tmp_path}" in error
+
+
 def test_flipped_bits_are_found(tmp_path):
     """Of every kind of file that torch.save writes: one bit anywhere in the tensors."""
     model, rng = tiny(n_embd=16, n_head=1), np.random.default_rng(0)

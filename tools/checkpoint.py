@@ -105,8 +105,9 @@ def check_first(state, path, config, tokenizer):
 def check_corpus(corpus, saved, path, given):
     """ValueError for a corpus that a checkpoint cannot read or, unless given, has not been trained on."""
     found, wanted = (corpus.tokenizer, corpus.vocab_size), (saved["tokenizer"], saved["config"]["vocab_size"])
-    require(found == wanted, f"--data must have {path}'s tokenizer {wanted[0]} and vocabulary {wanted[1]}, "
-            f"got {found[0]} and {found[1]} in {corpus.name}")
+    flag = "--data" if given else "--ckpt"          # without --data, the corpus is the first checkpoint's
+    require(found == wanted, f"{flag} must have the tokenizer and vocabulary of {path}, {wanted[0]} and "
+            f"{wanted[1]}, got {found[0]} and {found[1]} in {corpus.name}")
     require(given or saved.get("contents", "") in ("", corpus.contents), f"{corpus.name} holds other text "
             f"than when {path} was trained: prepare it as it was, or give --data to say that this is meant")
 

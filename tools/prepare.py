@@ -29,9 +29,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))   # also as `python tools/prepare.py`
 
 from fast.files import atomic_file
-from gca import Mistake, require
+from gca import require
 from tasks.text import load_corpus, load_tokenizer, text_files
 from tools import cli, exits, packages, pairs
+from tools.hub import DATASETS, WITH_SUMMARIES, splits_of
 
 # ---------------------------------------------------------------- a folder of text -> a corpus
 
@@ -225,48 +226,14 @@ def prepare_pairs(splits, out, tokenizer):
     exits.say(f"the longest summary has {longest} tokens (train.py --n_summary)")
 
 
-# The paper's data sets (Sec. 4), on the Hugging Face hub: arguments of datasets.load_dataset, the names of
-# the splits there, and what of a row is meant: its text, or document and summary. The arXiv part of
-# proof-pile is ArXiv-math.
-PROOF_PILE = "hf://datasets/hoskinson-center/proof-pile"
-SPLITS = dict(train="train", val="validation", test="test")
-DATASETS = {
-    "pg19": (dict(path="emozilla/pg19"), SPLITS, lambda row: row["text"]),
-    "arxiv-math": (dict(path="json", data_files=dict(train=f"{PROOF_PILE}/train/*.jsonl.gz",
-                                                     val=f"{PROOF_PILE}/dev/*.jsonl.gz",
-                                                     test=f"{PROOF_PILE}/test/*.jsonl.gz")),
-                   dict(train="train", val="val", test="test"),
-                   lambda row: row["text"] if json.loads(row["meta"]).get("config") == "arxiv" else None),
-    "xsum": (dict(path="EdinburghNLP/xsum"), SPLITS,
-             lambda row: dict(document=row["document"], summary=row["summary"])),
-    "cnn_dailymail": (dict(path="abisee/cnn_dailymail", name="3.0.0"), SPLITS,
-                      lambda row: dict(document=row["article"], summary=row["highlights"])),
-}
-
-
 def prepare_dataset(name, out, tokenizer):
-    """Download one of DATASETS, row by row, into a corpus in out."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise Mistake(f"{name} needs the package datasets: pip install datasets") from error
-    arguments, names, wanted = DATASETS[name]
-
-    def rows(split):
-        try:
-            for row in load_dataset(**arguments, split=split, streaming=True):
-                if found := wanted(row):
-                    yield found
-        except Exception as error:              # of the network, in many shapes
-            words = str(error).split("\n")[0] or type(error).__name__
-            raise Mistake(f"{name}: the data set could not be read from the Hugging Face hub ({words}); "
-                          "what is whole in --out is kept for the next try") from error
-
-    if name in ("xsum", "cnn_dailymail"):
-        complete = {split: [pair for pair in rows(theirs) if all(text.strip() for text in pair.values())]
-                    for split, theirs in names.items()}
+    """Download one of the hub's DATASETS into a corpus in out."""
+    splits = splits_of(name)
+    if name in WITH_SUMMARIES:
+        complete = {split: [pair for pair in rows if all(text.strip() for text in pair.values())]
+                    for split, (rows, _) in splits.items()}
         return prepare_pairs(complete, out, tokenizer)
-    prepare({split: (rows(theirs), None, [name, theirs]) for split, theirs in names.items()}, out, tokenizer)
+    prepare({split: (rows, None, [name, theirs]) for split, (rows, theirs) in splits.items()}, out, tokenizer)
 
 
 # ---------------------------------------------------------------- command line

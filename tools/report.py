@@ -29,8 +29,9 @@ def print_table(rows):
     def text(x):
         if isinstance(x, str):
             return visible(x)
-        return f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if 1000 <= x < 1e12 else f"{x:.4g}" \
-            if x >= 1e12 else f"{x:.2f}"
+        if isinstance(x, int):
+            return f"{x:,}"
+        return f"{x:.4g}" if x >= 1e12 else f"{x:,.0f}" if x >= 1000 else f"{x:.2f}"
 
     names = [name for name in rows[0] if name != "peak_gpu_gib" or any(row[name] for row in rows)]
     table = [names] + [[text(row[name]) for name in names] for row in rows]
